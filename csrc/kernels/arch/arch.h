@@ -1,0 +1,18 @@
+// The code paths a kernel can be compiled for. An Arch is a template parameter, never __CUDA_ARCH__, so that an
+// older path can be compiled for, and tested on, a newer chip.
+#pragma once
+
+namespace sdpa {
+
+// kSharedBytes: the most dynamic shared memory one block may opt in to on that architecture.
+struct Sm70 {
+  static constexpr int kId = 70, kSharedBytes = 96 * 1024;
+};
+struct Sm75 {
+  static constexpr int kId = 75, kSharedBytes = 64 * 1024;
+};
+struct Sm80 {  // sm80, and the only path so far for everything newer; 99 KB is what sm86 and sm89 allow
+  static constexpr int kId = 80, kSharedBytes = 99 * 1024;
+};
+
+}  // namespace sdpa

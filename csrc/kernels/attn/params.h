@@ -1,0 +1,53 @@
+// What every attention kernel is given: plain structs, no torch. A kernel launcher has the form
+//   cudaError_t launch(const ForwardParams&, cudaStream_t)
+// and returns the first CUDA error it met; the caller turns it into an exception.
+#pragma once
+
+#include <cstdint>
+
+namespace sdpa {
+
+enum class DType : int { kFloat16, kBFloat16, kFloat32, kFloat64, kBool, kOther };
+
+// A tensor seen as (batch, heads, rows, columns). Strides are in elements and may be anything, 0 included.
+struct Operand {
+  void* data = nullptr;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// What is added to the scores before softmax. A bool mask keeps where it is true. No kernel is given
+// kFloat64: only math takes it.
+enum class MaskKind : int { kNone, kBool, kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+struct ForwardParams {
+  Operand query;              // (B, H, L, E)
+  Operand key;                // (B, H / group, S, E)
+  Operand value;              // (B, H / group, S, Ev)
+  Operand output;             // (B, H, L, Ev)
+  Operand attn_mask;          // (B, H, L, S), read in place; stride 0 where it broadcasts
+  float* logsumexp = nullptr; // (B, H, L) contiguous; natural log; -inf for a row with nothing to attend to
+  int64_t B = 0, H = 0, L = 0, S = 0, E = 0, Ev = 0;
+  int64_t group = 1;          // query heads that share one key head; key head = query head / group
+  DType dtype = DType::kOther;  // of query, key, value and output
+  MaskKind mask_kind = MaskKind::kNone;
+  float scale = 1.f;          // any finite float, zero and negative too
+  bool is_causal = false;     // top-left aligned: query i sees keys j <= i, also when L != S
+  float dropout_p = 0.f;
+  const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
+  int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
+};
+
+struct BackwardParams : ForwardParams {
+  Operand grad_output;  // (B, H, L, Ev)
+  // Gradients. data == nullptr: not wanted.
+  Operand grad_query;     // (B, H, L, E)
+  Operand grad_key;       // (B, H / group, S, E)
+  Operand grad_value;     // (B, H / group, S, Ev)
+  float* grad_mask = nullptr;  // float32; zeroed by the caller and added to, through attn_mask_grad_stride
+  int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
+  float* delta = nullptr;  // scratch (B, H, L): rowsum(grad_output * output)
+  float* grad_query_accum = nullptr;  // scratch (B, H, L, E) contiguous, zeroed by the caller; only if asked for
+  bool deterministic = false;
+};
+
+}  // namespace sdpa

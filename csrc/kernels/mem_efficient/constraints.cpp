@@ -1,0 +1,47 @@
+// What the memory-efficient backend takes.
+#include "select/describe.h"
+
+namespace sdpa {
+
+static bool broadcasts(const Problem& p) {
+  const int64_t size[4] = {p.B, p.H, p.L, p.S};
+  for (int d = 0; d < 4; ++d) {
+    if (size[d] > 1 && p.mask_stride[d] == 0) return true;
+  }
+  return false;
+}
+
+static bool takes_dtype(const Problem& p) {
+  return p.dtype == DType::kFloat32 || p.dtype == DType::kFloat16 ||
+         (p.dtype == DType::kBFloat16 && (p.device_type != DeviceType::kCUDA || p.capability >= 80));
+}
+
+const std::vector<Constraint>& efficient_constraints() {
+  static const std::vector<Constraint> list = {
+      {"device", [](const Problem& p) { return p.device_type == DeviceType::kCUDA; }, got_device, "cuda",
+       "Move query, key and value to a CUDA device."},
+      {"architecture", [](const Problem& p) { return p.device_type != DeviceType::kCUDA || p.capability >= 70; },
+       got_capability, "sm70 or newer", "Use the math backend on this chip.",
+       [](const Problem& p) { return unsupported_chip("Memory efficient", "sm70 and newer", p); }},
+      {"dtype", takes_dtype, got_dtype, "float32, float16, or (on sm80 and newer) bfloat16",
+       "Cast the inputs, or run under torch.autocast."},
+      {"head dims", [](const Problem& p) { return p.E >= 1 && p.Ev >= 1; }, got_head_dims, "1 or more",
+       "Use the math backend."},
+      {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
+       "a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
+      {"determinism", [](const Problem& p) { return !(p.deterministic && p.mask_grad_wanted && broadcasts(p)); },
+       got_determinism,
+       "a mask of the full (B, H, L, S) shape, or torch.use_deterministic_algorithms(False): the gradient of a "
+       "broadcast mask is added in no fixed order",
+       "Use the math backend."},
+      {"kernel in this build", [](const Problem& p) {
+         return p.device_type != DeviceType::kCUDA || p.capability < 70 || !takes_dtype(p) ||
+                compiled(Backend::kEfficient, p);
+       },
+       [](const Problem&) { return "kernels for " + compiled_chips(Backend::kEfficient); },
+       "one for this chip and call", kRebuild},
+  };
+  return list;
+}
+
+}  // namespace sdpa

@@ -1,0 +1,157 @@
+"""The one table of kernel variants.
+
+Run by CMake at configure time. For each variant and the chips asked for it writes a translation unit, and for all of
+them the table that the C++ selector and the tests read (variants.inc), compiled or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+CPP_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+CPP_DTYPE = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat32"}
+HEADER = {
+    ("flash", "forward"): "flash/flash_fwd.cuh",
+    ("flash", "backward"): "flash/flash_bwd.cuh",
+    ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
+    ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    backend: str  # flash | efficient
+    direction: str  # forward | backward
+    path: int  # the Arch template parameter: code path, not the chip it is compiled for
+    dtype: str
+    head_dim: int  # tile width: E and Ev up to this (flash), chunk width (efficient)
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}_{self.direction}_sm{self.path}_{self.dtype}_{self.head_dim}"
+
+    @property
+    def header(self) -> str:
+        return HEADER[self.backend, self.direction]
+
+
+VARIANTS = [
+    Variant("flash", direction, 80, dtype, head_dim)
+    for direction in ("forward", "backward")
+    for dtype in ("float16", "bfloat16")
+    for head_dim in (32, 64, 128)
+] + [
+    Variant("efficient", direction, 70, dtype, head_dim)
+    for direction in ("forward", "backward")
+    for dtype in ("float32", "float16", "bfloat16")
+    for head_dim in (64, 128)
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip to compile for, as TORCH_CUDA_ARCH_LIST spells it: 8.0, 9.0a, 9.0+PTX."""
+
+    capability: int
+    suffix: str
+    ptx: bool
+
+    @staticmethod
+    def parse(text: str) -> Target:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", text)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST has {text!r}; expected entries such as 8.0, 9.0a or 9.0+PTX")
+        major, minor, suffix, ptx = match.groups()
+        return Target(int(major) * 10 + int(minor), suffix, bool(ptx))
+
+    @property
+    def gencode(self) -> list[str]:
+        arch = f"{self.capability}{self.suffix}"
+        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        if self.ptx:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+        return flags
+
+
+def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list[Target]:
+    """The chips for which this code path is compiled: those whose newest path it is, or all that can run it."""
+    paths = {v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)}
+    chosen = []
+    for target in targets:
+        usable = [p for p in paths if p <= target.capability]
+        too_old_for_dtype = variant.dtype == "bfloat16" and target.capability < 80
+        if usable and not too_old_for_dtype and (variant.path == max(usable) or all_paths and variant.path in usable):
+            chosen.append(target)
+    return chosen
+
+
+def cpp_bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the generated files")
+    parser.add_argument("--archs", default="", help="TORCH_CUDA_ARCH_LIST; empty: a build without CUDA kernels")
+    parser.add_argument("--all-paths", action="store_true", help="also the older paths of every chip, for tests")
+    args = parser.parse_args()
+    targets = [Target.parse(text) for text in re.split(r"[ ;,]+", args.archs) if text]
+
+    declarations, rows, cmake = [], [], ["set(SDPA_KERNEL_LIBRARIES)"]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for v in VARIANTS:
+        params = "ForwardParams" if v.direction == "forward" else "BackwardParams"
+        compiled = targets_of(v, targets, args.all_paths)
+        launch = "nullptr"
+        if compiled:
+            launch = v.name
+            signature = f"cudaError_t {v.name}(const {params}& params, cudaStream_t stream)"
+            declarations.append(f"{signature};")
+            source = args.out / f"{v.name}.cu"
+            write_if_changed(
+                source,
+                f"// Written by csrc/kernels/variants.py.\n"
+                f'#include "{v.header}"\n\n'
+                f"namespace sdpa {{\n{signature} {{\n"
+                f"  return {v.backend}_{v.direction}<Sm{v.path}, {CPP_TYPE[v.dtype]}, {v.head_dim}>(params, stream);\n"
+                f"}}\n}}  // namespace sdpa\n",
+            )
+            flags = tuple(flag for target in compiled for flag in target.gencode)
+            groups.setdefault(flags, []).append(source.as_posix())
+        chips = ", ".join(f"{{{t.capability}, {cpp_bool(t.suffix == 'a')}, {cpp_bool(t.ptx)}}}" for t in compiled)
+        forward, backward = (launch, "nullptr") if v.direction == "forward" else ("nullptr", launch)
+        rows.append(
+            f'{{"{v.name}", Backend::k{v.backend.capitalize()}, {cpp_bool(v.direction == "backward")}, {v.path}, '
+            f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {forward}, {backward}, {{{chips}}}}},"
+        )
+    # The small kernel that math uses on the GPU runs on every chip.
+    flags = tuple(flag for target in targets for flag in target.gencode)
+    if flags:
+        groups.setdefault(flags, []).append((Path(__file__).parent / "attn" / "dropout_mask.cu").as_posix())
+    for number, (flags, sources) in enumerate(groups.items()):
+        name = f"sdpa_kernels_{number}"
+        cmake.append(f"add_library({name} OBJECT\n  " + "\n  ".join(sources) + ")")
+        cmake.append(f'target_compile_options({name} PRIVATE "' + '" "'.join(flags) + '")')
+        cmake.append(f"list(APPEND SDPA_KERNEL_LIBRARIES {name})")
+    write_if_changed(args.out / "variants.cmake", "\n".join(cmake) + "\n")
+    write_if_changed(
+        args.out / "variants.inc",
+        "// Written by csrc/kernels/variants.py.\n#if defined(SDPA_WITH_CUDA)\n"
+        + "\n".join(declarations)
+        + "\n#endif\nconst std::vector<Variant>& variants() {\n  static const std::vector<Variant> table = {\n    "
+        + "\n    ".join(rows)
+        + "\n  };\n  return table;\n}\n",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+// The math backend: attention on ATen, for every device and floating dtype, with bounded scratch memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "select/problem.h"
+
+namespace sdpa {
+
+// One call seen as (batch, heads, rows, columns). attn_mask is expanded to (B, H, L, S), stride 0 where it broadcasts,
+// or undefined.
+struct Call {
+  at::Tensor query, key, value, attn_mask;
+  double scale = 1;
+  bool is_causal = false;
+  double dropout_p = 0;
+  at::Tensor seed;                // one int64 on the query's device, if dropout_p > 0
+  int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter
+};
+
+struct Gradients {  // undefined: not wanted; mask is in the accumulation dtype, expanded like attn_mask, and added to
+  at::Tensor query, key, value, mask;
+};
+
+// Writes output (B, H, L, Ev) and, if defined, logsumexp (B, H, L).
+void math_forward(const Call& call, at::Tensor output, at::Tensor logsumexp);
+void math_backward(const Call& call, const at::Tensor& grad_output, const at::Tensor& output,
+                   const at::Tensor& logsumexp, const Gradients& gradients);
+
+// The bytes of scratch that math_forward allows itself; settable.
+int64_t math_scratch_limit();
+void set_math_scratch_limit(int64_t bytes);
+// What it will take for a problem, and what one score matrix for all heads would.
+int64_t math_scratch_bytes(const Problem& problem);
+
+// Attention in differentiable ATen operations on tensors of any rank, whole score matrix at once: what double backward
+// and forward-mode AD go through. Returns the output and the LSE.
+std::tuple<at::Tensor, at::Tensor> differentiable_forward(const at::Tensor& query, const at::Tensor& key,
+                                                          const at::Tensor& value, const at::Tensor& attn_mask,
+                                                          double dropout_p, bool is_causal, double scale,
+                                                          bool enable_gqa, const at::Tensor& seed);
+// The gradients of query, key, value and mask, in the inputs' dtypes and shapes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> differentiable_backward(
+    const at::Tensor& grad_output, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& attn_mask, double dropout_p, bool is_causal, double scale, bool enable_gqa,
+    const at::Tensor& seed);
+
+// Which scores dropout keeps: uint8 (batch_heads, rows, S), by the definition in kernels/attn/dropout.h.
+at::Tensor dropout_keep(const at::Tensor& seed, double dropout_p, int64_t first_batch_head, int64_t batch_heads,
+                        int64_t first_row, int64_t rows, int64_t S);
+double dropout_rescale(double dropout_p);
+
+}  // namespace sdpa

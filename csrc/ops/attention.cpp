@@ -1,0 +1,232 @@
+#include "ops/attention.h"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/csrc/Exceptions.h>
+
+#include "ops/inputs.h"
+#include "registry.h"
+
+#if defined(SDPA_WITH_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace sdpa {
+namespace {
+
+[[noreturn]] void no_backend(const Problem& problem, Switches switches) {
+  {
+    torch::PyWarningHandler handler;  // warnings become Python's, wherever we are called from
+    try {
+      for (const std::string& line : reasons(problem, switches)) TORCH_WARN(line);
+    } catch (...) {
+      handler.set_in_exception();
+      throw;
+    }
+  }
+  TORCH_CHECK(false, "No available kernel. Aborting execution.");
+}
+
+Backend choose(const Problem& problem, int64_t backends) {
+  const Backend backend = select(problem, check_switches(backends));
+  if (backend == Backend::kNone) no_backend(problem, backends);
+  return backend;
+}
+
+#if defined(SDPA_WITH_CUDA)
+
+Operand operand(const Tensor& t) {
+  Operand o;
+  if (!t.defined()) return o;
+  o.data = t.data_ptr();
+  for (int d = 0; d < 4; ++d) o.stride[d] = t.stride(d);
+  return o;
+}
+
+void fill(ForwardParams& params, const Call& call, const Problem& problem, const Tensor& output,
+          const Tensor& logsumexp) {
+  params.query = operand(call.query);
+  params.key = operand(call.key);
+  params.value = operand(call.value);
+  params.output = operand(output);
+  params.attn_mask = operand(call.attn_mask);
+  params.logsumexp = logsumexp.defined() ? logsumexp.data_ptr<float>() : nullptr;
+  params.B = problem.B;
+  params.H = problem.H;
+  params.L = problem.L;
+  params.S = problem.S;
+  params.E = problem.E;
+  params.Ev = problem.Ev;
+  params.group = problem.H / problem.key_heads;
+  params.dtype = problem.dtype;
+  params.mask_kind = problem.mask_kind;
+  params.scale = static_cast<float>(call.scale);
+  params.is_causal = call.is_causal;
+  params.dropout_p = static_cast<float>(call.dropout_p);
+  params.seed = call.seed.defined() && call.dropout_p > 0 ? call.seed.data_ptr<int64_t>() : nullptr;
+  params.first_batch_head = call.first_batch_head;
+}
+
+const Variant& variant_of(Backend backend, bool backward, const Problem& problem) {
+  const Variant* variant = find_variant(backend, backward, problem);
+  TORCH_INTERNAL_ASSERT(variant != nullptr, "selected ", name(backend), " without a kernel for ", to_string(problem));
+  return *variant;
+}
+
+void kernel_forward(Backend backend, const Call& call, const Problem& problem, const Tensor& output,
+                    const Tensor& logsumexp) {
+  ForwardParams params;
+  fill(params, call, problem, output, logsumexp);
+  C10_CUDA_CHECK(variant_of(backend, false, problem).launch_forward(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+void kernel_backward(Backend backend, const Call& call, const Problem& problem, const Tensor& grad_output,
+                     const Tensor& output, const Tensor& logsumexp, const Gradients& grads) {
+  BackwardParams params;
+  fill(params, call, problem, output, logsumexp);
+  params.grad_output = operand(grad_output);
+  params.grad_query = operand(grads.query);
+  params.grad_key = operand(grads.key);
+  params.grad_value = operand(grads.value);
+  params.deterministic = problem.deterministic;
+  if (grads.mask.defined()) {
+    params.grad_mask = grads.mask.data_ptr<float>();
+    for (int d = 0; d < 4; ++d) params.grad_mask_stride[d] = grads.mask.stride(d);
+  }
+  const auto options = call.query.options().dtype(at::kFloat);
+  const Tensor delta = at::empty({problem.B, problem.H, problem.L}, options);
+  params.delta = delta.data_ptr<float>();
+  Tensor accum;
+  if (backend == Backend::kFlash && grads.query.defined()) {
+    accum = at::zeros({problem.B, problem.H, problem.L, problem.E}, options);
+    params.grad_query_accum = accum.data_ptr<float>();
+  }
+  C10_CUDA_CHECK(variant_of(backend, true, problem).launch_backward(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+#endif
+
+Arguments arguments(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                    double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  return {query, key, value, attn_mask.value_or(Tensor()), dropout_p, is_causal, scale, enable_gqa};
+}
+
+Call call_of(const Inputs& in, const Arguments& a, const Tensor& seed, const Tensor& query, const Tensor& key,
+             const Tensor& value, const Tensor& attn_mask, int64_t first_batch_head) {
+  return {query, key, value, attn_mask, in.scale, a.is_causal, a.dropout_p, seed, first_batch_head};
+}
+
+// float32, and float64 for float64 inputs.
+at::ScalarType lse_type(const Tensor& query) { return at::toOpMathType(query.scalar_type()); }
+
+// (N..., H, L) as (N..., H, L, 1), so that it walks along with tensors that have columns.
+Tensor with_column(const Tensor& t) { return t.defined() ? t.unsqueeze(-1) : t; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
+                                                     std::optional<double> scale, bool enable_gqa, int64_t backends,
+                                                     bool grad_wanted, bool mask_grad_wanted) {
+  const Arguments args = arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
+  const Inputs in = check(args);
+  const c10::OptionalDeviceGuard guard(query.device());
+  Tensor output = empty_in_layout_of(query, in.shape({in.L, in.Ev}));
+  Tensor logsumexp = at::empty(grad_wanted ? in.shape({in.L}) : std::vector<int64_t>{0},
+                               query.options().dtype(lse_type(query)));
+  Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
+  if (dropout_p > 0) seed.random_();
+  if (in.empty() || in.S == 0) {
+    output.zero_();
+    logsumexp.fill_(-std::numeric_limits<double>::infinity());
+    return {output, logsumexp, seed};
+  }
+  const Tensor lse = grad_wanted ? logsumexp : Tensor();
+  const auto step = [&](const FourDims& t, int64_t first_batch_head) {
+    const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
+    const Problem problem = describe(call, {grad_wanted, mask_grad_wanted});
+    const Backend backend = choose(problem, backends);
+    const Tensor rows = t[5].defined() ? t[5].squeeze(3) : Tensor();
+    if (backend == Backend::kMath) {
+      math_forward(call, t[4], rows);
+      return;
+    }
+#if defined(SDPA_WITH_CUDA)
+    kernel_forward(backend, call, problem, t[4], rows);
+#endif
+  };
+  for_each_4d({in.query, in.key, in.value, in.attn_mask, output, with_column(lse)}, 0, step);
+  return {output, logsumexp, seed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
+    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted) {
+  const Arguments args = arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
+  const Inputs in = check(args);
+  const auto full = in.shape({in.L, in.Ev});
+  TORCH_CHECK(grad_output.sizes().equals(full) && output.sizes().equals(full),
+              "sdpa::attention_backward: grad_output and output must have the output's shape ", at::IntArrayRef(full),
+              ", got ", grad_output.sizes(), " and ", output.sizes());
+  TORCH_CHECK(grad_output.scalar_type() == query.scalar_type() && output.scalar_type() == query.scalar_type(),
+              "sdpa::attention_backward: grad_output and output must have the query's dtype ", query.scalar_type(),
+              ", got ", grad_output.scalar_type(), " and ", output.scalar_type());
+  TORCH_CHECK(logsumexp.sizes().equals(in.shape({in.L})) && logsumexp.scalar_type() == lse_type(query),
+              "sdpa::attention_backward: logsumexp must be ", lse_type(query), " of shape ",
+              at::IntArrayRef(in.shape({in.L})),
+              " (attention_forward gives it with grad_wanted=True), got ", logsumexp.scalar_type(), " ",
+              logsumexp.sizes());
+  TORCH_CHECK(seed.numel() == (dropout_p > 0 ? 1 : 0) && seed.scalar_type() == at::kLong,
+              "sdpa::attention_backward: seed must be the int64 tensor that attention_forward gave, got ",
+              seed.scalar_type(), " ", seed.sizes(), " with dropout_p ", dropout_p);
+  wanted[3] = wanted[3] && args.attn_mask.defined() && args.attn_mask.scalar_type() != at::kBool;
+  const c10::OptionalDeviceGuard guard(query.device());
+
+  // A gradient is written in its input's own shape where no leading dim broadcasts, else in full and summed after.
+  const Tensor inputs[3] = {query, key, value};
+  const Tensor expanded[3] = {in.query, in.key, in.value};
+  Tensor grads[3];
+  for (int i = 0; i < 3; ++i) {
+    if (!wanted[i]) continue;
+    grads[i] = expanded[i].sizes().equals(inputs[i].sizes()) ? at::empty_like(inputs[i])
+                                                             : at::empty(expanded[i].sizes(), inputs[i].options());
+  }
+  Tensor grad_mask;
+  if (wanted[3]) {
+    grad_mask = at::zeros(args.attn_mask.sizes(), query.options().dtype(at::toOpMathType(query.scalar_type())));
+  }
+  if (in.empty() || in.S == 0) {
+    for (Tensor& grad : grads) {
+      if (grad.defined()) grad.zero_();
+    }
+  } else {
+    const auto step = [&](const FourDims& t, int64_t first_batch_head) {
+      const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
+      const Problem problem = describe(call, {true, wanted[3]});
+      const Backend backend = choose(problem, backends);
+      const Gradients gradients{t[7], t[8], t[9], t[10]};
+      const Tensor rows = t[6].squeeze(3);
+      if (backend == Backend::kMath) {
+        math_backward(call, t[4], t[5], rows, gradients);
+        return;
+      }
+#if defined(SDPA_WITH_CUDA)
+      kernel_backward(backend, call, problem, t[4], t[5], rows, gradients);
+#endif
+    };
+    const Tensor full_mask_grad = grad_mask.defined() ? grad_mask.expand(in.shape({in.L, in.S})) : Tensor();
+    for_each_4d({in.query, in.key, in.value, in.attn_mask, grad_output, output, with_column(logsumexp), grads[0],
+                 grads[1], grads[2], full_mask_grad},
+                0, step);
+  }
+  const auto finish = [&](int i) {
+    return grads[i].defined() ? at::sum_to(grads[i], inputs[i].sizes()) : at::empty({0}, query.options());
+  };
+  return {finish(0), finish(1), finish(2),
+          wanted[3] ? grad_mask.to(args.attn_mask.scalar_type()) : at::empty({0}, query.options())};
+}
+
+}  // namespace sdpa

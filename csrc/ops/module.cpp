@@ -1,0 +1,112 @@
+// The pybind11 module sdpa._C: the fast path of an eager call, the switches, and the selector for explain().
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "ops/attention.h"
+#include "ops/inputs.h"
+#include "registry.h"
+
+namespace py = pybind11;
+
+namespace sdpa {
+namespace {
+
+Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                   double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa, bool grad_wanted,
+                   std::optional<int> capability) {
+  const Tensor mask = attn_mask.value_or(Tensor());
+  const Inputs in = check({query, key, value, mask, dropout_p, is_causal, scale, enable_gqa});
+  Problem problem;
+  bool first = true;
+  for_each_4d({in.query, in.key, in.value, in.attn_mask}, 0, [&](const FourDims& t, int64_t) {
+    if (!first) return;
+    first = false;
+    Call call;
+    call.query = t[0];
+    call.key = t[1];
+    call.value = t[2];
+    call.attn_mask = t[3];
+    call.is_causal = is_causal;
+    call.dropout_p = dropout_p;
+    problem = describe(call, {grad_wanted, grad_wanted && mask.defined() && mask.requires_grad()});
+  });
+  if (capability) {
+    problem.device_type = DeviceType::kCUDA;
+    problem.capability = problem.device_capability = *capability;
+    problem.hypothetical = true;
+  }
+  return problem;
+}
+
+Backend backend_of(int number) {
+  TORCH_CHECK_VALUE(number >= 1 && number <= 3, "no backend has the number ", number);
+  return static_cast<Backend>(number);
+}
+
+py::list constraint_list(const Problem& problem, int backend) {
+  py::list rows;
+  for (const Constraint& c : constraints(backend_of(backend))) {
+    py::dict row;
+    row["name"] = c.name;
+    row["holds"] = c.holds(problem);
+    row["got"] = c.got(problem);
+    row["needs"] = c.needs;
+    row["fix"] = c.fix;
+    rows.append(row);
+  }
+  return rows;
+}
+
+py::list variant_list() {
+  py::list rows;
+  for (const Variant& v : variants()) {
+    py::dict row;
+    row["name"] = v.name;
+    row["backend"] = static_cast<int>(v.backend);
+    row["backward"] = v.backward;
+    row["path"] = v.path;
+    row["dtype"] = name(v.dtype);
+    row["head_dim"] = v.head_dim;
+    py::list chips;
+    for (const Chip& chip : v.chips) {
+      chips.append(std::to_string(chip.capability) + (chip.specific ? "a" : "") + (chip.ptx ? "+PTX" : ""));
+    }
+    row["chips"] = chips;
+    rows.append(row);
+  }
+  return rows;
+}
+
+py::object variant_for(const Problem& problem, int backend, bool backward) {
+  const Variant* v = find_variant(backend_of(backend), backward, problem);
+  return v == nullptr ? py::object(py::none()) : py::object(py::str(v->name));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("attention", torch::wrap_pybind_function_no_gil(attention), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("attn_mask"), py::arg("dropout_p"), py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"));
+  m.def("current_switches", &current_switches);
+  m.def("set_current_switches", &set_current_switches);
+  m.attr("ALL_BACKENDS") = kAllBackends;
+
+  py::class_<Problem>(m, "Problem")
+      .def("__repr__", [](const Problem& p) { return to_string(p); })
+      .def_readonly("capability", &Problem::capability)
+      .def_readonly("grad_wanted", &Problem::grad_wanted)
+      .def_property_readonly("scores", [](const Problem& p) { return p.B * p.H * p.L * p.S; });
+  m.def("problem", torch::wrap_pybind_function(problem_of), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("attn_mask"), py::arg("dropout_p"), py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"),
+        py::arg("grad_wanted"), py::arg("capability"));
+  m.def("select", [](const Problem& p, Switches s) { return static_cast<int>(select(p, check_switches(s))); });
+  m.def("reasons", [](const Problem& p, Switches s) { return reasons(p, check_switches(s)); });
+  m.def("constraints", torch::wrap_pybind_function(constraint_list));
+  m.def("variants", variant_list);
+  m.def("variant_for", torch::wrap_pybind_function(variant_for));
+  m.def("math_scratch_bytes", &math_scratch_bytes);
+  m.def("math_scratch_limit", &math_scratch_limit);
+  m.def("set_math_scratch_limit", torch::wrap_pybind_function(set_math_scratch_limit));
+}
+
+}  // namespace sdpa

@@ -1,0 +1,177 @@
+"""Fake kernels and batching rules of the ops. They do not depend on the backend that will be taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = tuple[int | None, ...]
+
+
+def _empty_in_layout_of(query: Tensor, sizes: list[int]) -> Tensor:
+    """A dense tensor in the query's order of dims; mirrors empty_in_layout_of of csrc/ops/inputs.cpp."""
+    order = list(range(len(sizes)))
+    own_lead = query.dim() == len(sizes) and all(
+        query.size(d) == sizes[d] and not (query.stride(d) == 0 and query.size(d) > 1) for d in order[:-1]
+    )
+    if own_lead:
+        order[:-1] = sorted(order[:-1], key=query.stride, reverse=True)
+    return torch.empty_permuted(sizes, order, dtype=query.dtype, device=query.device)
+
+
+def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[int]:
+    def lead(t: Tensor) -> list[int]:
+        sizes = list(t.shape[:-2])
+        if enable_gqa and t is not query:
+            sizes[-1] = query.size(-3)
+        return sizes
+
+    return list(torch.broadcast_shapes(lead(query), lead(key), lead(value)))
+
+
+def _accumulation_type(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("sdpa::attention_forward")
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backends: int,
+    grad_wanted: bool = False,
+    mask_grad_wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(query.size(-1) == key.size(-1), lambda: f"query and key differ in E: {query.shape}, {key.shape}")
+    torch._check(key.size(-2) == value.size(-2), lambda: f"key and value differ in S: {key.shape}, {value.shape}")
+    lead = _lead(query, key, value, enable_gqa)
+    output = _empty_in_layout_of(query, [*lead, query.size(-2), value.size(-1)])
+    lse_shape = [*lead, query.size(-2)] if grad_wanted else [0]
+    return (
+        output,
+        query.new_empty(lse_shape, dtype=_accumulation_type(query)),
+        query.new_empty([1 if dropout_p > 0 else 0], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("sdpa::attention_backward")
+def _backward_fake(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backends: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    lead = _lead(query, key, value, enable_gqa)
+    heads = lead[-1] if lead else 0
+    key_heads = max(key.size(-3) if key.dim() > 2 else 1, value.size(-3) if value.dim() > 2 else 1)
+
+    def like(t: Tensor, want: bool) -> Tensor:
+        if not want:
+            return query.new_empty([0])
+        expanded = [*lead[:-1], heads if t is query else key_heads] if lead else []
+        own_lead = list(t.shape[:-2]) == expanded
+        return torch.empty_like(t) if own_lead else t.new_empty(t.shape)
+
+    mask = attn_mask if attn_mask is not None and wanted[3] and attn_mask.dtype != torch.bool else None
+    return (
+        like(query, wanted[0]),
+        like(key, wanted[1]),
+        like(value, wanted[2]),
+        query.new_empty([0]) if mask is None else mask.new_empty(mask.shape),
+    )
+
+
+# Batching: the vmapped dim becomes the outermost leading dim of every tensor (a view; what is not batched is expanded,
+# which the ops do not copy), and dims of 1 line the examples' leading dims up behind it.
+
+
+def _fold(t: Tensor | None, dim: int | None, rank: int, size: int) -> Tensor | None:
+    if t is None:
+        return None
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.reshape(size, *[1] * (rank + 1 - t.dim()), *t.shape[1:])
+
+
+def _example_shape(t: Tensor, dim: int | None) -> list[int]:
+    return [n for d, n in enumerate(t.shape) if d != dim]
+
+
+def _check_randomness(info: Any, dropout_p: float) -> None:
+    if dropout_p > 0 and info.randomness != "different":
+        raise RuntimeError(
+            "vmap over scaled_dot_product_attention with dropout draws a different mask for each example: "
+            f"pass randomness='different' to vmap (got {info.randomness!r})"
+        )
+
+
+def _rank(tensors: tuple[Tensor | None, ...], dims: Dims) -> int:
+    # At least 3: with enable_gqa dim -3 is the heads, and the batch must not stand there.
+    return max(3, *(len(_example_shape(t, d)) for t, d in zip(tensors, dims, strict=True) if t is not None))
+
+
+@torch.library.register_vmap("sdpa::attention_forward")
+def _forward_vmap(
+    info: Any,
+    in_dims: Dims,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    *rest: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    _check_randomness(info, dropout_p)
+    tensors, dims, size = (query, key, value, attn_mask), in_dims[:4], info.batch_size
+    rank = _rank(tensors, dims)
+    folded = [_fold(t, d, rank, size) for t, d in zip(tensors, dims, strict=True)]
+    output, logsumexp, seed = torch.ops.sdpa.attention_forward(*folded, dropout_p, *rest)
+    inputs_rank = max(len(_example_shape(t, d)) for t, d in zip(tensors[:3], dims[:3], strict=True) if t is not None)
+    output = output.reshape(size, *output.shape[output.dim() - inputs_rank :])
+    if logsumexp.dim() == 1:  # not asked for
+        return (output, logsumexp, seed), (0, None, None)
+    logsumexp = logsumexp.reshape(size, *logsumexp.shape[logsumexp.dim() - inputs_rank + 1 :])
+    return (output, logsumexp, seed), (0, 0, None)
+
+
+@torch.library.register_vmap("sdpa::attention_backward")
+def _backward_vmap(
+    info: Any,
+    in_dims: Dims,
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    *rest: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    tensors, size = (grad_output, query, key, value, attn_mask, output), info.batch_size
+    rank = _rank(tensors, in_dims[:6])
+    folded = [_fold(t, d, rank, size) for t, d in zip(tensors, in_dims[:6], strict=True)]
+    lse = _fold(logsumexp, in_dims[6], rank - 1, size)
+    grads = torch.ops.sdpa.attention_backward(*folded, lse, *rest)
+    results: list[Tensor] = []
+    out_dims: list[int | None] = []
+    for grad, t, dim in zip(grads, tensors[1:5], in_dims[1:5], strict=True):
+        wanted = t is not None and grad.dim() > 1
+        results.append(grad.reshape(size, *_example_shape(t, dim)) if wanted and t is not None else grad)
+        out_dims.append(0 if wanted else None)
+    return tuple(results), tuple(out_dims)

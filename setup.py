@@ -1,0 +1,202 @@
+"""Drives CMake: finds torch, CUTLASS, nvcc and the chips to compile for, and says what was built.
+
+Environment: SDPA_CUDA=auto|1|0, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, SDPA_ALL_PATHS=1; ccache is used if found.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def say(text: str) -> None:
+    print(f"sdpa: {text}", file=sys.stderr, flush=True)
+
+
+def use_installed_torch() -> None:
+    """In an isolated build, take the torch of the environment installed into, if it has one.
+
+    Otherwise `pip install .` would compile against the newest torch and then not load beside the one in use.
+    """
+    site = sysconfig.get_paths()["purelib"]
+    if (Path(site) / "torch" / "version.py").exists() and site not in sys.path:
+        sys.path.insert(0, site)
+
+
+@dataclass(frozen=True)
+class Cuda:
+    home: Path
+    version: tuple[int, int]
+    archs: str
+    cudart: Path
+
+
+def nvcc_of(home: Path) -> Path | None:
+    nvcc = home / "bin" / "nvcc"
+    return nvcc if nvcc.exists() else None
+
+
+def find_cuda_home() -> Path | None:
+    if "CUDA_HOME" in os.environ:
+        return Path(os.environ["CUDA_HOME"])
+    if found := shutil.which("nvcc"):
+        return Path(found).resolve().parent.parent
+    return Path("/usr/local/cuda") if nvcc_of(Path("/usr/local/cuda")) else None
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if not match:
+        raise SystemExit(f"sdpa: cannot read the version from {nvcc} --version:\n{text}")
+    return int(match[1]), int(match[2])
+
+
+def all_archs(version: tuple[int, int]) -> str:
+    """All chips that we have kernels for and this nvcc can compile for, with PTX for the newest."""
+    archs = ["7.0"] if version < (13, 0) else []
+    archs += ["7.5", "8.0", "8.6", "8.9", "9.0"]
+    if version >= (12, 8):
+        archs += ["10.0", "12.0"]
+    return ";".join(archs) + "+PTX"
+
+
+def find_cuda(torch: object) -> Cuda | None:
+    """The CUDA to build with, or None for a CPU build, which is said."""
+    choice = os.environ.get("SDPA_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"sdpa: SDPA_CUDA must be auto, 1 or 0; got {choice!r}")
+    if choice == "0":
+        say("building WITHOUT CUDA kernels (SDPA_CUDA=0): the math backend alone.")
+        return None
+
+    def without(reason: str, remedy: str) -> None:
+        if choice == "1":
+            raise SystemExit(f"sdpa: SDPA_CUDA=1, but {reason}. {remedy}")
+        say(f"building WITHOUT CUDA kernels, the math backend alone: {reason}. {remedy}")
+
+    home = find_cuda_home()
+    nvcc = nvcc_of(home) if home else None
+    torch_cuda: str | None = torch.version.cuda  # type: ignore[attr-defined]
+    if torch_cuda is None:
+        return without("the installed torch is a CPU build", "Install a CUDA build of torch.")
+    if home is None or nvcc is None:
+        return without(
+            f"there is no nvcc (CUDA_HOME={os.environ.get('CUDA_HOME', 'not set')})",
+            "Install the CUDA toolkit, or set CUDA_HOME to one, to get the GPU kernels.",
+        )
+    version = nvcc_version(nvcc)
+    if str(version[0]) != torch_cuda.split(".")[0]:
+        return without(
+            f"nvcc is {version[0]}.{version[1]} ({nvcc}) and torch was built for CUDA {torch_cuda}",
+            f"Set CUDA_HOME to a CUDA {torch_cuda.split('.')[0]} toolkit.",
+        )
+    if version < (12, 4):
+        return without(f"nvcc is {version[0]}.{version[1]}", "CUDA 12.4 or newer is needed.")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not archs and choice == "auto":
+        if not torch.cuda.is_available():  # type: ignore[attr-defined]
+            return without(
+                "no GPU is visible and TORCH_CUDA_ARCH_LIST is not set",
+                "Set SDPA_CUDA=1 for all chips, or TORCH_CUDA_ARCH_LIST for some, to build the GPU kernels anyway.",
+            )
+        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}  # type: ignore[attr-defined]
+        archs = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+    libraries = [home / "lib64", home / "lib"]
+    if spec := importlib.util.find_spec("nvidia"):
+        for place in spec.submodule_search_locations or []:
+            libraries += [Path(place) / f"cu{version[0]}" / "lib", Path(place) / "cuda_runtime" / "lib"]
+    names = ("libcudart.so", f"libcudart.so.{version[0]}")
+    found = [folder / name for folder in libraries for name in names if (folder / name).exists()]
+    if not found:
+        return without(f"there is no libcudart.so in {', '.join(map(str, libraries))}", "Install the CUDA runtime.")
+    return Cuda(home, version, archs or all_archs(version), found[0])
+
+
+def find_cutlass() -> tuple[Path, str]:
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        raise SystemExit("sdpa: CUTLASS's headers are needed for the GPU kernels: pip install nvidia-cutlass")
+    include = Path(spec.origin).parent / "source" / "include"
+    if not (include / "cute").exists():
+        raise SystemExit(f"sdpa: nvidia-cutlass is installed but has no headers in {include}; pip install nvidia-cutlass")
+    return include, importlib.metadata.version("nvidia-cutlass")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        start = time.monotonic()
+        use_installed_torch()
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+
+        cuda = find_cuda(torch)
+        cutlass_version = "not needed"
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{cuda.archs if cuda else 'cpu'}"
+        if os.environ.get("SDPA_ALL_PATHS") == "1":
+            tag += "-all"
+        build = Path(os.environ.get("SDPA_BUILD_DIR", ROOT / "build")) / re.sub(r"[^\w.+-]+", "-", tag)
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CXX_FLAGS": f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            "SDPA_PYTHON": sys.executable,
+            "SDPA_PYTHON_INCLUDE": ";".join([pybind11.get_include(), sysconfig.get_paths()["include"]]),
+            "SDPA_TORCH_INCLUDE": ";".join(cpp_extension.include_paths()),
+            "SDPA_TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
+            "SDPA_CUDA_ARCHS": "",
+            "SDPA_ALL_PATHS": "ON" if os.environ.get("SDPA_ALL_PATHS") == "1" else "OFF",
+        }
+        if ccache := shutil.which("ccache"):
+            options["CMAKE_CXX_COMPILER_LAUNCHER"] = options["SDPA_CCACHE"] = ccache
+        if cuda:
+            cutlass, cutlass_version = find_cutlass()
+            options |= {
+                "SDPA_CUDA_ARCHS": re.sub(r"[ ,;]+", " ", cuda.archs),
+                "SDPA_CUTLASS_INCLUDE": str(cutlass),
+                "SDPA_CUDA_INCLUDE": str(cuda.home / "include"),
+                "SDPA_CUDART": str(cuda.cudart),
+                "CMAKE_CUDA_COMPILER": str(cuda.home / "bin" / "nvcc"),
+            }
+        build.mkdir(parents=True, exist_ok=True)
+        generator = ["-G", "Ninja"]
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator]
+        subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "_C.so", target)
+        kernels = {row.split("\t")[4] for file in build.rglob("*.kernels") for row in file.read_text().splitlines()}
+        info = {
+            "torch": torch.__version__,
+            "cuda": f"{cuda.version[0]}.{cuda.version[1]}" if cuda else "none (CPU and math only)",
+            "cutlass": cutlass_version,
+            "archs": cuda.archs.replace(";", " ") if cuda else "none",
+            "kernels": len(kernels),
+            "seconds": round(time.monotonic() - start),
+        }
+        lines = [f"{key} = {value!r}" for key, value in info.items()]
+        (target.parent / "_build_info.py").write_text(
+            '"""What setup.py built; written by it."""\n\n' + "\n".join(lines) + "\n"
+        )
+        width = max(map(len, info))
+        say("built\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in info.items()))
+
+
+setup(ext_modules=[Extension("sdpa._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
