@@ -45,17 +45,16 @@ class Cuda:
     cudart: Path
 
 
-def nvcc_of(home: Path) -> Path | None:
-    nvcc = home / "bin" / "nvcc"
-    return nvcc if nvcc.exists() else None
-
-
 def find_cuda_home() -> Path | None:
-    if "CUDA_HOME" in os.environ:
-        return Path(os.environ["CUDA_HOME"])
-    if found := shutil.which("nvcc"):
-        return Path(found).resolve().parent.parent
-    return Path("/usr/local/cuda") if nvcc_of(Path("/usr/local/cuda")) else None
+    """The toolkit: CUDA_HOME, else that of the nvcc on PATH (which may be a wrapper), else /usr/local/cuda."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home)
+    found = shutil.which("nvcc")
+    candidates = [Path(found).resolve().parent.parent] if found else []
+    for candidate in [*candidates, Path("/usr/local/cuda")]:
+        if (candidate / "bin" / "nvcc").exists() and (candidate / "include" / "cuda_runtime_api.h").exists():
+            return candidate
+    return None
 
 
 def nvcc_version(nvcc: Path) -> tuple[int, int]:
@@ -75,26 +74,28 @@ def all_archs(version: tuple[int, int]) -> str:
     return ";".join(archs) + "+PTX"
 
 
-def find_cuda(torch: object) -> Cuda | None:
-    """The CUDA to build with, or None for a CPU build, which is said."""
+def find_cuda(torch: object) -> Cuda | str:
+    """The CUDA to build with, or why the build goes without, which is said."""
     choice = os.environ.get("SDPA_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"sdpa: SDPA_CUDA must be auto, 1 or 0; got {choice!r}")
-    if choice == "0":
-        say("building WITHOUT CUDA kernels (SDPA_CUDA=0): the math backend alone.")
-        return None
 
-    def without(reason: str, remedy: str) -> None:
+    def without(reason: str, remedy: str) -> str:
         if choice == "1":
             raise SystemExit(f"sdpa: SDPA_CUDA=1, but {reason}. {remedy}")
-        say(f"building WITHOUT CUDA kernels, the math backend alone: {reason}. {remedy}")
+        note = f"WITHOUT CUDA kernels, the math backend alone: {reason}. {remedy}"
+        say(f"building {note}")
+        return f"built {note}"
+
+    if choice == "0":
+        return without("SDPA_CUDA=0", "Build with SDPA_CUDA=1 to get the GPU kernels.")
 
     home = find_cuda_home()
-    nvcc = nvcc_of(home) if home else None
+    nvcc = home / "bin" / "nvcc" if home else None
     torch_cuda: str | None = torch.version.cuda  # type: ignore[attr-defined]
     if torch_cuda is None:
         return without("the installed torch is a CPU build", "Install a CUDA build of torch.")
-    if home is None or nvcc is None:
+    if home is None or nvcc is None or not nvcc.exists():
         return without(
             f"there is no nvcc (CUDA_HOME={os.environ.get('CUDA_HOME', 'not set')})",
             "Install the CUDA toolkit, or set CUDA_HOME to one, to get the GPU kernels.",
@@ -133,7 +134,9 @@ def find_cutlass() -> tuple[Path, str]:
         raise SystemExit("sdpa: CUTLASS's headers are needed for the GPU kernels: pip install nvidia-cutlass")
     include = Path(spec.origin).parent / "source" / "include"
     if not (include / "cute").exists():
-        raise SystemExit(f"sdpa: nvidia-cutlass is installed but has no headers in {include}; pip install nvidia-cutlass")
+        raise SystemExit(
+            f"sdpa: nvidia-cutlass is installed but has no headers in {include}; pip install nvidia-cutlass"
+        )
     return include, importlib.metadata.version("nvidia-cutlass")
 
 
@@ -145,7 +148,8 @@ class CMakeBuild(build_ext):
         import torch
         from torch.utils import cpp_extension
 
-        cuda = find_cuda(torch)
+        found = find_cuda(torch)
+        cuda = found if isinstance(found, Cuda) else None
         cutlass_version = "not needed"
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{cuda.archs if cuda else 'cpu'}"
         if os.environ.get("SDPA_ALL_PATHS") == "1":
@@ -190,13 +194,14 @@ class CMakeBuild(build_ext):
             "archs": cuda.archs.replace(";", " ") if cuda else "none",
             "kernels": len(kernels),
             "seconds": round(time.monotonic() - start),
+            "note": "" if isinstance(found, Cuda) else found,
         }
         lines = [f"{key} = {value!r}" for key, value in info.items()]
         (target.parent / "_build_info.py").write_text(
             '"""What setup.py built; written by it."""\n\n' + "\n".join(lines) + "\n"
         )
         width = max(map(len, info))
-        say("built\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in info.items()))
+        say("built\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in info.items() if value != ""))
 
 
 setup(ext_modules=[Extension("sdpa._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

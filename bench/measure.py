@@ -267,7 +267,7 @@ class Run:
             warnings.simplefilter("always")
             try:
                 yield
-            except Exception as error:  # noqa: BLE001 (a kernel may fail in any way)
+            except Exception as error:
                 self.fail(error, _lines(caught))
             else:
                 self.record.warnings = list(dict.fromkeys([*self.record.warnings, *_lines(caught)]))

@@ -1,8 +1,7 @@
 """Scaled dot-product attention for PyTorch: three backends behind one op, and it says which one ran.
 
-    import sdpa
-    out = sdpa.scaled_dot_product_attention(query, key, value, is_causal=True)
-    print(sdpa.explain(query, key, value, is_causal=True))
+>>> out = sdpa.scaled_dot_product_attention(query, key, value, is_causal=True)
+>>> print(sdpa.explain(query, key, value, is_causal=True))
 """
 
 from pkgutil import extend_path
@@ -10,15 +9,13 @@ from pkgutil import extend_path
 # The source tree's package, imported from the repository's root, finds the extension of the installed one.
 __path__ = extend_path(__path__, __name__)
 
-import torch  # noqa: E402  the extension needs torch's libraries loaded
-
-from . import _load  # noqa: E402
-from ._version import __version__  # noqa: E402
+from . import _load
+from ._version import __version__
 
 _load.extension()
 
-from . import _registrations as _registrations  # noqa: E402
-from .backends import (  # noqa: E402
+from . import _registrations as _registrations
+from .backends import (
     SDPAParams,
     SDPBackend,
     can_use_efficient_attention,
@@ -34,9 +31,9 @@ from .backends import (  # noqa: E402
     sdpa_kernel,
     set_math_scratch_limit,
 )
-from .explanation import Explanation, explain  # noqa: E402
-from .functional import scaled_dot_product_attention  # noqa: E402
-from .patch import patch_torch  # noqa: E402
+from .explanation import Explanation, explain
+from .functional import scaled_dot_product_attention
+from .patch import patch_torch
 
 __all__ = [
     "Explanation",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Dims = tuple[int | None, ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# torch's own are not typed.
+_register_fake: Callable[[str], Callable[[Function], Function]] = torch.library.register_fake
+_register_vmap: Callable[[str], Callable[[Function], Function]] = torch.library.register_vmap
+_check: Callable[[bool, Callable[[], str]], None] = torch._check
+_broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
 
 
 def _empty_in_layout_of(query: Tensor, sizes: list[int]) -> Tensor:
@@ -28,14 +36,14 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[i
             sizes[-1] = query.size(-3)
         return sizes
 
-    return list(torch.broadcast_shapes(lead(query), lead(key), lead(value)))
+    return list(_broadcast_shapes(lead(query), lead(key), lead(value)))
 
 
 def _accumulation_type(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("sdpa::attention_forward")
+@_register_fake("sdpa::attention_forward")
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -49,8 +57,8 @@ def _forward_fake(
     grad_wanted: bool = False,
     mask_grad_wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(query.size(-1) == key.size(-1), lambda: f"query and key differ in E: {query.shape}, {key.shape}")
-    torch._check(key.size(-2) == value.size(-2), lambda: f"key and value differ in S: {key.shape}, {value.shape}")
+    _check(query.size(-1) == key.size(-1), lambda: f"query and key differ in E: {query.shape}, {key.shape}")
+    _check(key.size(-2) == value.size(-2), lambda: f"key and value differ in S: {key.shape}, {value.shape}")
     lead = _lead(query, key, value, enable_gqa)
     output = _empty_in_layout_of(query, [*lead, query.size(-2), value.size(-1)])
     lse_shape = [*lead, query.size(-2)] if grad_wanted else [0]
@@ -61,7 +69,7 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake("sdpa::attention_backward")
+@_register_fake("sdpa::attention_backward")
 def _backward_fake(
     grad_output: Tensor,
     query: Tensor,
@@ -126,7 +134,7 @@ def _rank(tensors: tuple[Tensor | None, ...], dims: Dims) -> int:
     return max(3, *(len(_example_shape(t, d)) for t, d in zip(tensors, dims, strict=True) if t is not None))
 
 
-@torch.library.register_vmap("sdpa::attention_forward")
+@_register_vmap("sdpa::attention_forward")
 def _forward_vmap(
     info: Any,
     in_dims: Dims,
@@ -150,7 +158,7 @@ def _forward_vmap(
     return (output, logsumexp, seed), (0, 0, None)
 
 
-@torch.library.register_vmap("sdpa::attention_backward")
+@_register_vmap("sdpa::attention_backward")
 def _backward_vmap(
     info: Any,
     in_dims: Dims,

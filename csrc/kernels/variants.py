@@ -83,7 +83,7 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
     for target in targets:
         usable = [p for p in paths if p <= target.capability]
         too_old_for_dtype = variant.dtype == "bfloat16" and target.capability < 80
-        if usable and not too_old_for_dtype and (variant.path == max(usable) or all_paths and variant.path in usable):
+        if usable and not too_old_for_dtype and (variant.path == max(usable) or (all_paths and variant.path in usable)):
             chosen.append(target)
     return chosen
 

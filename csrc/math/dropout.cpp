@@ -17,7 +17,9 @@
 
 namespace sdpa {
 
-double dropout_rescale(double dropout_p) { return Dropout::make(static_cast<float>(dropout_p), 0).rescale; }
+double dropout_rescale(double dropout_p) {
+  return Dropout::make(static_cast<float>(dropout_p), 0).rescale;
+}
 
 static at::Tensor keep_on_cpu(int64_t seed, float p, int64_t first_batch_head, int64_t batch_heads, int64_t first_row,
                               int64_t rows, int64_t S) {

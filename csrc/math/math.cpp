@@ -17,7 +17,7 @@ std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
 // The scores of one chunk should stay in cache between the passes over them.
 constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{64} << 20;
-constexpr int64_t kForwardBytesPerScore = 12;   // float32 scores and probabilities, a copy in the inputs' dtype, a mask
+constexpr int64_t kForwardBytesPerScore = 12;  // float32 scores and probabilities, a copy in the inputs' dtype, a mask
 constexpr int64_t kBackwardBytesPerScore = 16;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
@@ -25,21 +25,31 @@ struct Chunk {
   int64_t batch, batches, key_head, key_heads, row, rows, columns;
 };
 
-bool low_precision(const Tensor& t) { return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16; }
-at::ScalarType accumulation_type(const Tensor& t) { return at::toOpMathType(t.scalar_type()); }
+bool low_precision(const Tensor& t) {
+  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+}
+at::ScalarType accumulation_type(const Tensor& t) {
+  return at::toOpMathType(t.scalar_type());
+}
 
 struct Shape {
   int64_t B, H, L, S, group, key_heads;
   explicit Shape(const Call& c)
-      : B(c.query.size(0)), H(c.query.size(1)), L(c.query.size(2)), S(c.key.size(2)),
-        group(H / std::max<int64_t>(c.key.size(1), 1)), key_heads(c.key.size(1)) {}
+      : B(c.query.size(0)),
+        H(c.query.size(1)),
+        L(c.query.size(2)),
+        S(c.key.size(2)),
+        group(H / std::max<int64_t>(c.key.size(1), 1)),
+        key_heads(c.key.size(1)) {}
 };
 
 int64_t chunk_scores(bool cuda, int64_t bytes_per_score) {
-  return std::max<int64_t>(1, std::min(cuda ? kCudaChunkBytes : kCpuChunkBytes, scratch_limit.load()) / bytes_per_score);
+  return std::max<int64_t>(1,
+                           std::min(cuda ? kCudaChunkBytes : kCpuChunkBytes, scratch_limit.load()) / bytes_per_score);
 }
 
-// Calls begin(chunk) before the first rows of a set of heads, step(chunk) for each set of rows, end(chunk) after the last.
+// Calls begin(chunk) before the first rows of a set of heads, step(chunk) for each set of rows, end(chunk) after the
+// last.
 template <class Begin, class Step, class End>
 void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step step, End end) {
   const Shape shape(call);
@@ -71,12 +81,16 @@ void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step ste
 
 // (batches * key_heads, group * rows, D) of a (B, H, L, D) tensor.
 Tensor query_side(const Tensor& t, const Chunk& c, int64_t group) {
-  return t.narrow(0, c.batch, c.batches).narrow(1, c.key_head * group, c.key_heads * group).narrow(2, c.row, c.rows)
+  return t.narrow(0, c.batch, c.batches)
+      .narrow(1, c.key_head * group, c.key_heads * group)
+      .narrow(2, c.row, c.rows)
       .reshape({c.batches * c.key_heads, group * c.rows, t.size(3)});
 }
 // (batches * key_heads, columns, D) of a (B, key heads, S, D) tensor.
 Tensor key_side(const Tensor& t, const Chunk& c) {
-  return t.narrow(0, c.batch, c.batches).narrow(1, c.key_head, c.key_heads).narrow(2, 0, c.columns)
+  return t.narrow(0, c.batch, c.batches)
+      .narrow(1, c.key_head, c.key_heads)
+      .narrow(2, 0, c.columns)
       .reshape({c.batches * c.key_heads, c.columns, t.size(3)});
 }
 // The chunk of a (B, H, L, D) result as (batches, key_heads * group, rows, D), a view to write to.
@@ -157,7 +171,9 @@ Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
 
 }  // namespace
 
-int64_t math_scratch_limit() { return scratch_limit; }
+int64_t math_scratch_limit() {
+  return scratch_limit;
+}
 
 void set_math_scratch_limit(int64_t bytes) {
   TORCH_CHECK_VALUE(bytes > 0, "the math backend's scratch limit must be a positive number of bytes, got ", bytes);
@@ -265,7 +281,8 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& ou
       [&](const Chunk& c) {
         const auto store = [&](const Tensor& to, const Tensor& sum) {
           if (!to.defined()) return;
-          to.narrow(0, c.batch, c.batches).narrow(1, c.key_head, c.key_heads)
+          to.narrow(0, c.batch, c.batches)
+              .narrow(1, c.key_head, c.key_heads)
               .copy_(sum.view({c.batches, c.key_heads, shape.S, to.size(3)}));
         };
         store(grads.key, grad_key);

@@ -16,8 +16,8 @@ struct Call {
   double scale = 1;
   bool is_causal = false;
   double dropout_p = 0;
-  at::Tensor seed;                // one int64 on the query's device, if dropout_p > 0
-  int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter
+  at::Tensor seed;               // one int64 on the query's device, if dropout_p > 0
+  int64_t first_batch_head = 0;  // added to b * H + h in the dropout counter
 };
 
 struct Gradients {  // undefined: not wanted; mask is in the accumulation dtype, expanded like attn_mask, and added to

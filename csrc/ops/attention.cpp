@@ -119,10 +119,14 @@ Call call_of(const Inputs& in, const Arguments& a, const Tensor& seed, const Ten
 }
 
 // float32, and float64 for float64 inputs.
-at::ScalarType lse_type(const Tensor& query) { return at::toOpMathType(query.scalar_type()); }
+at::ScalarType lse_type(const Tensor& query) {
+  return at::toOpMathType(query.scalar_type());
+}
 
 // (N..., H, L) as (N..., H, L, 1), so that it walks along with tensors that have columns.
-Tensor with_column(const Tensor& t) { return t.defined() ? t.unsqueeze(-1) : t; }
+Tensor with_column(const Tensor& t) {
+  return t.defined() ? t.unsqueeze(-1) : t;
+}
 
 }  // namespace
 
@@ -134,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const 
   const Inputs in = check(args);
   const c10::OptionalDeviceGuard guard(query.device());
   Tensor output = empty_in_layout_of(query, in.shape({in.L, in.Ev}));
-  Tensor logsumexp = at::empty(grad_wanted ? in.shape({in.L}) : std::vector<int64_t>{0},
-                               query.options().dtype(lse_type(query)));
+  Tensor logsumexp =
+      at::empty(grad_wanted ? in.shape({in.L}) : std::vector<int64_t>{0}, query.options().dtype(lse_type(query)));
   Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
   if (dropout_p > 0) seed.random_();
   if (in.empty() || in.S == 0) {
@@ -176,9 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
               ", got ", grad_output.scalar_type(), " and ", output.scalar_type());
   TORCH_CHECK(logsumexp.sizes().equals(in.shape({in.L})) && logsumexp.scalar_type() == lse_type(query),
               "sdpa::attention_backward: logsumexp must be ", lse_type(query), " of shape ",
-              at::IntArrayRef(in.shape({in.L})),
-              " (attention_forward gives it with grad_wanted=True), got ", logsumexp.scalar_type(), " ",
-              logsumexp.sizes());
+              at::IntArrayRef(in.shape({in.L})), " (attention_forward gives it with grad_wanted=True), got ",
+              logsumexp.scalar_type(), " ", logsumexp.sizes());
   TORCH_CHECK(seed.numel() == (dropout_p > 0 ? 1 : 0) && seed.scalar_type() == at::kLong,
               "sdpa::attention_backward: seed must be the int64 tensor that attention_forward gave, got ",
               seed.scalar_type(), " ", seed.sizes(), " with dropout_p ", dropout_p);

@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "ops/attention.h"
 #include "ops/inputs.h"
 
@@ -16,6 +18,28 @@ namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+// Newer torch counts a node's references in the node, older ones (2.11, say) in a shared_ptr.
+template <class N>
+constexpr bool kCountsItself = std::is_base_of_v<c10::intrusive_ptr_target, N>;
+
+template <class N>
+auto make_node() {
+  if constexpr (kCountsItself<N>) {
+    return c10::make_intrusive<N>();
+  } else {
+    return std::shared_ptr<N>(new N(), [](N* node) { deleteNode(node); });
+  }
+}
+
+template <class N>
+auto pointer_to(N* node) {
+  if constexpr (kCountsItself<N>) {
+    return c10::intrusive_ptr<N>::reclaim_copy(node);
+  } else {
+    return node->shared_from_this();
+  }
+}
 
 struct AttentionBackward final : torch::autograd::Node {
   SavedVariable query, key, value, attn_mask, output, logsumexp, seed;
@@ -40,10 +64,10 @@ struct AttentionBackward final : torch::autograd::Node {
     std::array<bool, 4> wanted{};
     for (size_t i = 0; i < 4; ++i) wanted[i] = task_should_compute_output(i);
     const Tensor mask = attn_mask.unpack();
-    const auto all = call_attention_backward(
-        grad, query.unpack(), key.unpack(), value.unpack(), mask.defined() ? MaybeTensor(mask) : std::nullopt,
-        output.unpack(shared_from_this()), logsumexp.unpack(), seed.unpack(), dropout_p, is_causal, scale, enable_gqa,
-        backends, wanted);
+    const auto all = call_attention_backward(grad, query.unpack(), key.unpack(), value.unpack(),
+                                             mask.defined() ? MaybeTensor(mask) : std::nullopt,
+                                             output.unpack(pointer_to(this)), logsumexp.unpack(), seed.unpack(),
+                                             dropout_p, is_causal, scale, enable_gqa, backends, wanted);
     if (wanted[0]) result[0] = std::get<0>(all);
     if (wanted[1]) result[1] = std::get<1>(all);
     if (wanted[2]) result[2] = std::get<2>(all);
@@ -76,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& query, const T
     check({query, key, value, mask, dropout_p, is_causal, scale, enable_gqa});
     Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
     if (dropout_p > 0) seed.random_();
-    const auto [output, lse] = differentiable_forward(query, key, value, mask, dropout_p, is_causal,
-                                                      scale_of(query, scale), enable_gqa, seed);
+    const auto [output, lse] =
+        differentiable_forward(query, key, value, mask, dropout_p, is_causal, scale_of(query, scale), enable_gqa, seed);
     return {output, lse, seed};
   }
   if (!torch::autograd::compute_requires_grad(query, key, value, mask)) {
@@ -85,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& query, const T
     return call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backends,
                                   grad_wanted, mask_grad_wanted);
   }
-  std::shared_ptr<AttentionBackward> node(new AttentionBackward(), torch::autograd::deleteNode);
+  const auto node = make_node<AttentionBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(query, key, value, mask));
   node->query = SavedVariable(query, false);
   node->key = SavedVariable(key, false);
@@ -141,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_autocast(const Tensor& query, const T
   const auto device = query.device().type();
   const auto type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(type, t, device); };
-  return call_attention_forward(cast(query), cast(key), cast(value), attn_mask, dropout_p, is_causal, scale,
-                                enable_gqa, backends, grad_wanted, mask_grad_wanted);
+  return call_attention_forward(cast(query), cast(key), cast(value), attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                                backends, grad_wanted, mask_grad_wanted);
 }
 
 }  // namespace
@@ -152,7 +176,11 @@ TORCH_LIBRARY_IMPL(sdpa, Autograd, m) {
   m.impl("attention_backward", backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(sdpa, AutocastCPU, m) { m.impl("attention_forward", forward_autocast); }
-TORCH_LIBRARY_IMPL(sdpa, AutocastCUDA, m) { m.impl("attention_forward", forward_autocast); }
+TORCH_LIBRARY_IMPL(sdpa, AutocastCPU, m) {
+  m.impl("attention_forward", forward_autocast);
+}
+TORCH_LIBRARY_IMPL(sdpa, AutocastCUDA, m) {
+  m.impl("attention_forward", forward_autocast);
+}
 
 }  // namespace sdpa

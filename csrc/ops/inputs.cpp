@@ -24,23 +24,34 @@ using at::Tensor;
 
 DType dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kHalf: return DType::kFloat16;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kFloat: return DType::kFloat32;
-    case at::kDouble: return DType::kFloat64;
-    case at::kBool: return DType::kBool;
-    default: return DType::kOther;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
   }
 }
 
 MaskKind mask_kind_of(const Tensor& mask) {
   if (!mask.defined()) return MaskKind::kNone;
   switch (mask.scalar_type()) {
-    case at::kBool: return MaskKind::kBool;
-    case at::kHalf: return MaskKind::kFloat16;
-    case at::kBFloat16: return MaskKind::kBFloat16;
-    case at::kFloat: return MaskKind::kFloat32;
-    default: return MaskKind::kFloat64;
+    case at::kBool:
+      return MaskKind::kBool;
+    case at::kHalf:
+      return MaskKind::kFloat16;
+    case at::kBFloat16:
+      return MaskKind::kBFloat16;
+    case at::kFloat:
+      return MaskKind::kFloat32;
+    default:
+      return MaskKind::kFloat64;
   }
 }
 
@@ -56,9 +67,11 @@ void check_dtypes(const Arguments& a) {
               ", key ", a.key.device(), ", value ", a.value.device());
   if (!a.attn_mask.defined()) return;
   const auto mask_type = a.attn_mask.scalar_type();
-  TORCH_CHECK(dtype_of(mask_type) != DType::kOther && (mask_type != at::kDouble || type == at::kDouble),
-              "scaled_dot_product_attention: attn_mask must be bool, float32, float16 or bfloat16 (float64 with float64 "
-              "inputs), got ", mask_type, " with query ", type);
+  TORCH_CHECK(
+      dtype_of(mask_type) != DType::kOther && (mask_type != at::kDouble || type == at::kDouble),
+      "scaled_dot_product_attention: attn_mask must be bool, float32, float16 or bfloat16 (float64 with float64 "
+      "inputs), got ",
+      mask_type, " with query ", type);
   TORCH_CHECK(a.attn_mask.device() == a.query.device(),
               "scaled_dot_product_attention: attn_mask must be on the query's device, got ", a.attn_mask.device(),
               ", query on ", a.query.device());
@@ -96,8 +109,8 @@ Inputs check(const Arguments& a) {
   TORCH_CHECK(a.query.dim() >= 2 && a.key.dim() >= 2 && a.value.dim() >= 2,
               "scaled_dot_product_attention: query, key and value need 2 dims or more, got ", sizes_of(a));
   check_dtypes(a);
-  TORCH_CHECK(a.dropout_p >= 0 && a.dropout_p <= 1,
-              "scaled_dot_product_attention: dropout_p must be in [0, 1], got ", a.dropout_p);
+  TORCH_CHECK(a.dropout_p >= 0 && a.dropout_p <= 1, "scaled_dot_product_attention: dropout_p must be in [0, 1], got ",
+              a.dropout_p);
   TORCH_CHECK(!(a.is_causal && a.attn_mask.defined()),
               "scaled_dot_product_attention: is_causal=True and attn_mask (of shape ",
               a.attn_mask.defined() ? a.attn_mask.sizes() : at::IntArrayRef{}, ") must not both be set");
@@ -126,12 +139,13 @@ Inputs check(const Arguments& a) {
     const int64_t heads = query_lead.back();
     key_heads = key_lead.back();
     value_heads = value_lead.back();
-    TORCH_CHECK(key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0,
-                "scaled_dot_product_attention: enable_gqa needs query heads to be a multiple of key and value heads, got ",
-                heads, " query, ", key_heads, " key and ", value_heads, " value heads");
+    TORCH_CHECK(
+        key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0,
+        "scaled_dot_product_attention: enable_gqa needs query heads to be a multiple of key and value heads, got ",
+        heads, " query, ", key_heads, " key and ", value_heads, " value heads");
     TORCH_CHECK(key_heads == value_heads || key_heads == 1 || value_heads == 1,
-                "scaled_dot_product_attention: key and value must have the same number of heads (or one), got ", key_heads,
-                " and ", value_heads);
+                "scaled_dot_product_attention: key and value must have the same number of heads (or one), got ",
+                key_heads, " and ", value_heads);
     key_lead.back() = value_lead.back() = heads;
   }
   try {

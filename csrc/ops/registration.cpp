@@ -48,7 +48,8 @@ TORCH_LIBRARY(sdpa, m) {
       "(Tensor output, Tensor logsumexp, Tensor seed)",
       compiled);
   m.def(
-      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor output, "
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor "
+      "output, "
       "Tensor logsumexp, Tensor seed, float dropout_p, bool is_causal, float? scale, bool enable_gqa, int backends, "
       "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides});

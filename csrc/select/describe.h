@@ -8,16 +8,26 @@
 
 namespace sdpa {
 
-inline std::string got_device(const Problem& p) { return name(p.device_type); }
-inline std::string got_dtype(const Problem& p) { return name(p.dtype); }
-inline std::string got_capability(const Problem& p) { return "sm" + std::to_string(p.capability); }
+inline std::string got_device(const Problem& p) {
+  return name(p.device_type);
+}
+inline std::string got_dtype(const Problem& p) {
+  return name(p.dtype);
+}
+inline std::string got_capability(const Problem& p) {
+  return "sm" + std::to_string(p.capability);
+}
 inline std::string got_head_dims(const Problem& p) {
   return "E=" + std::to_string(p.E) + ", Ev=" + std::to_string(p.Ev);
 }
-inline std::string got_mask(const Problem& p) { return name(p.mask_kind); }
+inline std::string got_mask(const Problem& p) {
+  return name(p.mask_kind);
+}
 inline std::string got_determinism(const Problem& p) {
   return std::string(p.deterministic ? "deterministic" : "free order") + ", " +
-         (p.mask_grad_wanted ? "gradients of the mask too" : p.grad_wanted ? "gradients wanted" : "no gradients");
+         (p.mask_grad_wanted ? "gradients of the mask too"
+          : p.grad_wanted    ? "gradients wanted"
+                             : "no gradients");
 }
 
 inline std::string unsupported_chip(const char* backend, const char* supported, const Problem& p) {

@@ -7,43 +7,62 @@ namespace sdpa {
 
 const char* name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat32: return "float32";
-    case DType::kFloat64: return "float64";
-    case DType::kBool: return "bool";
-    case DType::kOther: return "another dtype";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kBool:
+      return "bool";
+    case DType::kOther:
+      return "another dtype";
   }
   return "?";
 }
 
 const char* name(MaskKind kind) {
   switch (kind) {
-    case MaskKind::kNone: return "no mask";
-    case MaskKind::kBool: return "a bool mask";
-    case MaskKind::kFloat16: return "a float16 mask";
-    case MaskKind::kBFloat16: return "a bfloat16 mask";
-    case MaskKind::kFloat32: return "a float32 mask";
-    case MaskKind::kFloat64: return "a float64 mask";
+    case MaskKind::kNone:
+      return "no mask";
+    case MaskKind::kBool:
+      return "a bool mask";
+    case MaskKind::kFloat16:
+      return "a float16 mask";
+    case MaskKind::kBFloat16:
+      return "a bfloat16 mask";
+    case MaskKind::kFloat32:
+      return "a float32 mask";
+    case MaskKind::kFloat64:
+      return "a float64 mask";
   }
   return "?";
 }
 
 const char* name(DeviceType type) {
   switch (type) {
-    case DeviceType::kCPU: return "cpu";
-    case DeviceType::kCUDA: return "cuda";
-    case DeviceType::kOther: return "another device";
+    case DeviceType::kCPU:
+      return "cpu";
+    case DeviceType::kCUDA:
+      return "cuda";
+    case DeviceType::kOther:
+      return "another device";
   }
   return "?";
 }
 
 const char* name(Backend backend) {
   switch (backend) {
-    case Backend::kNone: return "None";
-    case Backend::kFlash: return "Flash attention";
-    case Backend::kEfficient: return "Memory efficient";
-    case Backend::kMath: return "Math attention";
+    case Backend::kNone:
+      return "None";
+    case Backend::kFlash:
+      return "Flash attention";
+    case Backend::kEfficient:
+      return "Memory efficient";
+    case Backend::kMath:
+      return "Math attention";
   }
   return "?";
 }
@@ -61,10 +80,14 @@ std::string to_string(const Problem& p) {
 
 const std::vector<Constraint>& constraints(Backend backend) {
   switch (backend) {
-    case Backend::kFlash: return flash_constraints();
-    case Backend::kEfficient: return efficient_constraints();
-    case Backend::kMath: return math_constraints();
-    case Backend::kNone: break;
+    case Backend::kFlash:
+      return flash_constraints();
+    case Backend::kEfficient:
+      return efficient_constraints();
+    case Backend::kMath:
+      return math_constraints();
+    case Backend::kNone:
+      break;
   }
   throw std::invalid_argument("no backend has the number " + std::to_string(static_cast<int>(backend)));
 }
@@ -94,8 +117,9 @@ Switches check_switches(Switches switches) {
   for (Switches rest = switches; rest != 0; rest >>= 4) {
     const int backend = static_cast<int>(rest & 0xf);
     if (rest < 0 || backend < 1 || backend > 3 || (seen >> backend & 1)) {
-      throw std::invalid_argument("backends must list each of 1 (flash), 2 (memory-efficient), 3 (math) at most once, " +
-                                  std::string("four bits each; got ") + std::to_string(switches));
+      throw std::invalid_argument(
+          "backends must list each of 1 (flash), 2 (memory-efficient), 3 (math) at most once, " +
+          std::string("four bits each; got ") + std::to_string(switches));
     }
     seen |= 1 << backend;
   }
@@ -103,8 +127,12 @@ Switches check_switches(Switches switches) {
 }
 
 static thread_local Switches thread_switches = kAllBackends;
-Switches current_switches() { return thread_switches; }
-void set_current_switches(Switches switches) { thread_switches = check_switches(switches); }
+Switches current_switches() {
+  return thread_switches;
+}
+void set_current_switches(Switches switches) {
+  thread_switches = check_switches(switches);
+}
 
 Backend select(const Problem& problem, Switches switches) {
   for (Switches rest = switches; rest != 0; rest >>= 4) {

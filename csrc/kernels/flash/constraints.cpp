@@ -14,8 +14,7 @@ const std::vector<Constraint>& flash_constraints() {
        [](const Problem& p) { return unsupported_chip("Flash", "sm80 and newer", p); }},
       {"dtype", [](const Problem& p) { return p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16; }, got_dtype,
        "float16 or bfloat16", "Cast the inputs, or run under torch.autocast."},
-      {"head dims",
-       [](const Problem& p) { return p.E >= 1 && p.Ev >= 1 && p.E <= kMaxHeadDim && p.Ev <= kMaxHeadDim; },
+      {"head dims", [](const Problem& p) { return p.E >= 1 && p.Ev >= 1 && p.E <= kMaxHeadDim && p.Ev <= kMaxHeadDim; },
        got_head_dims, "1 to 128", "Use the memory-efficient backend, which takes any head dim."},
       {"mask", [](const Problem& p) { return p.mask_kind == MaskKind::kNone; }, got_mask, "no mask",
        "Use is_causal=True for a causal mask, or the memory-efficient backend."},
@@ -25,7 +24,8 @@ const std::vector<Constraint>& flash_constraints() {
       {"determinism", [](const Problem& p) { return !(p.deterministic && p.grad_wanted); }, got_determinism,
        "no gradients, or torch.use_deterministic_algorithms(False): its backward adds in no fixed order",
        "Use the memory-efficient backend."},
-      {"kernel in this build", [](const Problem& p) {
+      {"kernel in this build",
+       [](const Problem& p) {
          return p.device_type != DeviceType::kCUDA || p.capability < 80 || p.E > kMaxHeadDim || p.Ev > kMaxHeadDim ||
                 (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) || compiled(Backend::kFlash, p);
        },

@@ -34,7 +34,8 @@ const std::vector<Constraint>& efficient_constraints() {
        "a mask of the full (B, H, L, S) shape, or torch.use_deterministic_algorithms(False): the gradient of a "
        "broadcast mask is added in no fixed order",
        "Use the math backend."},
-      {"kernel in this build", [](const Problem& p) {
+      {"kernel in this build",
+       [](const Problem& p) {
          return p.device_type != DeviceType::kCUDA || p.capability < 70 || !takes_dtype(p) ||
                 compiled(Backend::kEfficient, p);
        },

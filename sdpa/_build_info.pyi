@@ -1,0 +1,9 @@
+"""What setup.py built; written by it."""
+
+torch: str
+cuda: str
+cutlass: str
+archs: str
+kernels: int
+seconds: int
+note: str
