@@ -16,7 +16,7 @@ constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
 // The scores of one chunk should stay in cache between the passes over them.
-constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{64} << 20;
+constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{256} << 20;
 constexpr int64_t kForwardBytesPerScore = 12;  // float32 scores and probabilities, a copy in the inputs' dtype, a mask
 constexpr int64_t kBackwardBytesPerScore = 16;
 
