@@ -57,6 +57,9 @@ def _forward_fake(
     grad_wanted: bool = False,
     mask_grad_wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for name, t in (("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if t is not None and t.device != query.device:
+            raise RuntimeError(f"query is on {query.device}, {name} on {t.device}")
     _check(query.size(-1) == key.size(-1), lambda: f"query and key differ in E: {query.shape}, {key.shape}")
     _check(key.size(-2) == value.size(-2), lambda: f"key and value differ in S: {key.shape}, {value.shape}")
     lead = _lead(query, key, value, enable_gqa)

@@ -140,7 +140,9 @@ def sdpa_kernel(backends: SDPBackend | Iterable[SDPBackend], set_priority: bool 
 
     Source: https://pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html
     """
-    wanted = [_own(b) for b in (backends if isinstance(backends, (list, tuple, set, frozenset)) else [backends])]
+    # getattr and not hasattr or isinstance, which torch.compile cannot trace on every version.
+    several = getattr(backends, "name", None) is None and not isinstance(backends, str)
+    wanted = [_own(b) for b in (backends if several else [backends])]  # type: ignore[union-attr]
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"a backend is given twice: {[b.name for b in wanted]}")
     if not set_priority:

@@ -84,8 +84,18 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
         usable = [p for p in paths if p <= target.capability]
         too_old_for_dtype = variant.dtype == "bfloat16" and target.capability < 80
         if usable and not too_old_for_dtype and (variant.path == max(usable) or (all_paths and variant.path in usable)):
-            chosen.append(target)
+            code = machine_code_for(variant.path, target)
+            if code not in chosen:
+                chosen.append(code)
     return chosen
+
+
+def machine_code_for(path: int, target: Target) -> Target:
+    """What is compiled for a chip. The sm80 path is sm80's machine code on sm86, sm87 and sm89 too, which run it:
+    it uses nothing newer, and ptxas spills registers when it schedules the flash backward for sm86."""
+    if path == 80 and target.capability // 10 == 8:
+        return Target(80, "", target.ptx)
+    return target
 
 
 def cpp_bool(value: bool) -> str:

@@ -230,8 +230,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& ou
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
   const Tensor delta = (grad_output.to(sum_type) * output.to(sum_type)).sum(-1, true);
-  // exp(score - inf) is 0: what a row with nothing to attend to has.
-  const Tensor lse = logsumexp.masked_fill(logsumexp == kNegInf, -kNegInf).unsqueeze(3);
+  const Tensor empty_rows = (logsumexp == kNegInf).unsqueeze(3);
   Tensor key, value, grad_key, grad_value;
   for_chunks(
       call, kBackwardBytesPerScore,
@@ -247,7 +246,10 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& ou
         const Tensor query = query_side(call.query, c, group).to(type);
         const Tensor grad_out = query_side(grad_output, c, group).to(type);
         const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-        const Tensor probs = scores_of(call, mask, c, query, k, group).sub_(query_view(lse, c, group)).exp_();
+        // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of the
+        // logsumexp would be an error of every probability.
+        Tensor probs = at::softmax(scores_of(call, mask, c, query, k, group), -1);
+        if (mask.defined()) probs.masked_fill_(query_view(empty_rows, c, group), 0);
         Tensor grad_probs = product(grad_out, v.transpose(1, 2)).view(probs.sizes());
         Tensor dropped = probs;
         if (call.dropout_p > 0) {

@@ -39,7 +39,9 @@ struct Dropout {
   SDPA_HOST_DEVICE Philox8 draw(uint32_t batch_head, uint32_t block_row, uint32_t block_col, uint32_t lane) const {
     uint32_t c0 = block_col, c1 = block_row, c2 = batch_head, c3 = lane;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#if defined(__CUDACC__)
 #pragma unroll
+#endif
     for (int round = 0; round < 7; ++round) {
       const uint32_t hi0 = high(0xD2511F53u, c0), lo0 = 0xD2511F53u * c0;
       const uint32_t hi1 = high(0xCD9E8D57u, c2), lo1 = 0xCD9E8D57u * c2;

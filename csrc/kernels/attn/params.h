@@ -20,18 +20,22 @@ struct Operand {
 enum class MaskKind : int { kNone, kBool, kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 struct ForwardParams {
-  Operand query;              // (B, H, L, E)
-  Operand key;                // (B, H / group, S, E)
-  Operand value;              // (B, H / group, S, Ev)
-  Operand output;             // (B, H, L, Ev)
-  Operand attn_mask;          // (B, H, L, S), read in place; stride 0 where it broadcasts
-  float* logsumexp = nullptr; // (B, H, L) contiguous; natural log; -inf for a row with nothing to attend to
+  Operand query;               // (B, H, L, E)
+  Operand key;                 // (B, H / group, S, E)
+  Operand value;               // (B, H / group, S, Ev)
+  Operand output;              // (B, H, L, Ev)
+  Operand attn_mask;           // (B, H, L, S), read in place; stride 0 where it broadcasts
+  float* logsumexp = nullptr;  // (B, H, L) contiguous; natural log; -inf for a row with nothing to attend to
+  // (B, H, L) contiguous: what rounding took from logsumexp, as a power of two, so that
+  //   probability = exp2(score * log2(e) - float(logsumexp * log2(e)) - logsumexp_rest).
+  // Without it rows whose scores are 1e4, or a mask of the lowest finite value, have wrong gradients.
+  float* logsumexp_rest = nullptr;
   int64_t B = 0, H = 0, L = 0, S = 0, E = 0, Ev = 0;
-  int64_t group = 1;          // query heads that share one key head; key head = query head / group
+  int64_t group = 1;            // query heads that share one key head; key head = query head / group
   DType dtype = DType::kOther;  // of query, key, value and output
   MaskKind mask_kind = MaskKind::kNone;
-  float scale = 1.f;          // any finite float, zero and negative too
-  bool is_causal = false;     // top-left aligned: query i sees keys j <= i, also when L != S
+  float scale = 1.f;       // any finite float, zero and negative too
+  bool is_causal = false;  // top-left aligned: query i sees keys j <= i, also when L != S
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
   int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
@@ -40,12 +44,12 @@ struct ForwardParams {
 struct BackwardParams : ForwardParams {
   Operand grad_output;  // (B, H, L, Ev)
   // Gradients. data == nullptr: not wanted.
-  Operand grad_query;     // (B, H, L, E)
-  Operand grad_key;       // (B, H / group, S, E)
-  Operand grad_value;     // (B, H / group, S, Ev)
-  float* grad_mask = nullptr;  // float32; zeroed by the caller and added to, through attn_mask_grad_stride
+  Operand grad_query;          // (B, H, L, E)
+  Operand grad_key;            // (B, H / group, S, E)
+  Operand grad_value;          // (B, H / group, S, Ev)
+  float* grad_mask = nullptr;  // float32; zeroed by the caller and added to, through grad_mask_stride
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
-  float* delta = nullptr;  // scratch (B, H, L): rowsum(grad_output * output)
+  float* delta = nullptr;                      // scratch (B, H, L): rowsum(grad_output * output)
   float* grad_query_accum = nullptr;  // scratch (B, H, L, E) contiguous, zeroed by the caller; only if asked for
   bool deterministic = false;
 };

@@ -1,0 +1,72 @@
+// Tensor-core multiply-add on register fragments. One specialisation for each instruction family and element type.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "arch.h"
+
+namespace sdpa {
+
+// d += a * b with a 16 x 16 row-major, b 16 x 8 column-major, d 16 x 8 in float32. With g = lane / 4 and t = lane % 4
+// a lane holds: a[0..3] = rows g, g + 8, g, g + 8, columns 2t and 2t + 1 (the last two registers 8 further right);
+// b0, b1 = rows 2t, 2t + 1 (and 8 further down) of column g; d = columns 2t, 2t + 1 of row g, then of row g + 8.
+template <class Arch, class T>
+struct Mma;
+
+template <>
+struct Mma<Sm80, __half> {
+  __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Mma<Sm80, __nv_bfloat16> {
+  __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// Two floats rounded to T in one register, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t word);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t word) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+}
+
+// Accumulators of two neighbouring 16 x 8 tiles are, once rounded, the `a` operand of one 16 x 16 block: a lane keeps
+// its rows and columns. So P and dS go from one multiplication to the next without leaving the registers.
+template <class T>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
+
+}  // namespace sdpa

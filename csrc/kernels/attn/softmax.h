@@ -1,0 +1,110 @@
+// The running softmax of a forward pass over key tiles, on mma accumulators: a lane holds a share of rows g and g + 8
+// of every 16-row block (see arch/mma.h), and the four lanes of a quad share a row. All statistics are float32.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+namespace sdpa {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// kRowBlocks: 16-row blocks of one warp. `scale_log2` (> 0) turns a score into an exponent of two.
+//
+// What is subtracted before exp2 need not be the row's maximum, it only has to keep exp2 in range. So this reference
+// follows the maximum, and the output is rescaled, only when some row of the warp has outgrown its reference by
+// kSlack powers of two: P stays at most 2^kSlack, which float16 holds with ease, and most tiles skip the rescaling.
+// (H200, L = 4096: a slack of 0 costs 3 to 6 %.)
+template <int kRowBlocks>
+struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;
+  static constexpr float kNothingYet = -FLT_MAX;  // finite, so that exp2(-inf - reference) is 0 from the start
+
+  float reference[kRowBlocks][2];  // an exponent of two
+  float sum[kRowBlocks][2];        // this lane's share
+  float scale_log2;
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        reference[m][half] = kNothingYet;
+        sum[m][half] = 0.f;
+      }
+    }
+  }
+
+  // Takes in a tile's scores before their first exp2. A score of -inf takes no part.
+  template <int kCols, int kOutCols>
+  __device__ __forceinline__ void see(const float (&scores)[kRowBlocks][kCols][4],
+                                      float (&output)[kRowBlocks][kOutCols][4]) {
+    float highest[kRowBlocks][2];
+    bool outgrown = false;
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kCols; ++n) {
+          x = fmaxf(x, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        }
+        highest[m][half] = quad_max(x) * scale_log2;
+        outgrown |= highest[m][half] - reference[m][half] > kSlack;
+      }
+    }
+    if (!__any_sync(0xffffffffu, outgrown)) return;
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float now = fmaxf(highest[m][half], reference[m][half]);
+        const float factor = exp2_approx(reference[m][half] - now);
+        reference[m][half] = now;
+        sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < kOutCols; ++n) {
+          output[m][n][2 * half] *= factor;
+          output[m][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
+
+  // The unnormalised probabilities of one 16 x 8 tile, in place; adds them to the sums.
+  __device__ __forceinline__ void exponentiate(float (&scores)[4], int m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -reference[m][i >> 1]));
+      sum[m][i >> 1] += scores[i];
+    }
+  }
+
+  // After the last tile: the factor that normalises a row, 0 for a row with nothing to attend to, and its LSE.
+  __device__ __forceinline__ float finish(int m, int half, float& logsumexp) {
+    const float total = quad_sum(sum[m][half]);
+    logsumexp = total == 0.f ? -INFINITY : (reference[m][half] + log2f(total)) * kLn2;
+    return total == 0.f ? 0.f : 1.f / total;
+  }
+};
+
+}  // namespace sdpa

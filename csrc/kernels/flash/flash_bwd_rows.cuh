@@ -1,0 +1,104 @@
+// What the flash backward does row by row, before and after its main kernel: rowsum(dO * O), and dQ from its float32
+// sums to its own type. And the layout of these sums.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../attn/block_range.h"
+#include "../attn/params.h"
+#include "tile.cuh"
+
+namespace sdpa {
+
+// The rows of (B, H, L) in order, kHeadDim / 8 lanes for each, 8 columns a lane.
+template <int kHeadDim>
+struct RowSweep {
+  static constexpr int kThreads = 256, kLanes = kHeadDim / kChunkElements, kRows = kThreads / kLanes;
+  static BlockOrder order(const ForwardParams& p) { return {(p.L + kRows - 1) / kRows, p.B * p.H, 1}; }
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
+    flash_delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
+  using Sweep = RowSweep<kHeadDim>;
+  int tile, batch_head;
+  if (!order.locate(tile, batch_head)) return;
+  const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
+  const HeadRows<const T> output(p.output, batch, head, p.L, p.Ev), grad(p.grad_output, batch, head, p.L, p.Ev);
+  const int row = tile * Sweep::kRows + static_cast<int>(threadIdx.x / Sweep::kLanes);
+  const int col = threadIdx.x % Sweep::kLanes * kChunkElements;
+  float sum = 0.f;
+  if (row < p.L) {
+    const uint4 o = read_chunk(output, row, col), g = read_chunk(grad, row, col);
+    const uint32_t o_words[4] = {o.x, o.y, o.z, o.w}, g_words[4] = {g.x, g.y, g.z, g.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = unpack<T>(o_words[i]), b = unpack<T>(g_words[i]);
+      sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+    }
+  }
+#pragma unroll
+  for (int distance = Sweep::kLanes / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
+  if (row < p.L && col == 0) p.delta[int64_t{batch_head} * p.L + row] = sum;
+}
+
+// dQ of one head in float32, row after row. But where 16 rows are complete and E is a multiple of 8, each 16 x 8 tile
+// of them lies in the order in which a warp holds it, so that a warp adds to 128 bytes in a row with each instruction.
+struct GradQuerySums {
+  float* data;
+  int L, E;
+
+  __device__ __forceinline__ GradQuerySums(const BackwardParams& p, int batch_head)
+      : data(p.grad_query_accum + int64_t{batch_head} * p.L * p.E),
+        L(static_cast<int>(p.L)),
+        E(static_cast<int>(p.E)) {}
+
+  __device__ __forceinline__ bool is_tiled(int row0) const { return row0 + 16 <= L && E % 8 == 0; }
+
+  // A warp adds the accumulators of a 16 x 8 tile: rows from row0, columns from 8 * tile.
+  __device__ __forceinline__ void add(const float (&values)[4], int row0, int tile) const {
+    const int lane = threadIdx.x % 32;
+    if (is_tiled(row0)) {
+      if (tile * 8 >= E) return;
+      float* const to = data + int64_t{row0} * E + tile * 128 + lane;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32, values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = row0 + lane / 4 + i / 2 * 8;
+        const int col = tile * 8 + lane % 4 * 2 + i % 2;
+        if (row < L && col < E) atomicAdd(data + int64_t{row} * E + col, values[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float at(int row, int col) const {
+    const int row0 = row - row % 16;
+    if (!is_tiled(row0)) return data[int64_t{row} * E + col];
+    const int r = row % 16, i = r / 8 * 2 + col % 2, lane = r % 8 * 4 + col % 8 / 2;
+    return data[int64_t{row0} * E + col / 8 * 128 + i * 32 + lane];
+  }
+};
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
+    flash_convert_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
+  using Sweep = RowSweep<kHeadDim>;
+  int tile, batch_head;
+  if (!order.locate(tile, batch_head)) return;
+  const int heads = static_cast<int>(p.H);
+  const int row = tile * Sweep::kRows + static_cast<int>(threadIdx.x / Sweep::kLanes);
+  const int col = threadIdx.x % Sweep::kLanes * kChunkElements, present = static_cast<int>(p.E) - col;
+  if (row >= p.L || present <= 0) return;
+  const GradQuerySums sums(p, batch_head);
+  float x[kChunkElements];
+#pragma unroll
+  for (int i = 0; i < kChunkElements; ++i) x[i] = i < present ? sums.at(row, col + i) * p.scale : 0.f;
+  write_chunk(HeadRows<T>(p.grad_query, batch_head / heads, batch_head % heads, p.L, p.E), row, col,
+              {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])});
+}
+
+}  // namespace sdpa

@@ -1,0 +1,249 @@
+// Flash attention forward on mma.sync: one block for each query tile of a head, a loop over key tiles.
+//
+// A warp owns whole query rows: scores, softmax and output of a row never leave it. Keys and values come through a
+// two-stage ring of cp.async copies, with one barrier per key tile. P goes from the accumulators of Q K^T straight into
+// the operand registers of P V.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../arch/arch.h"
+#include "../attn/block_range.h"
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "launch.h"
+#include "tile.cuh"
+
+namespace sdpa {
+
+// 32 rows a warp rather than 16: a key or value fragment read from shared memory then feeds twice the mma, and shared
+// memory bandwidth is what a 16-row warp runs out of first.
+template <int kHeadDim>
+struct FlashForwardTile {
+  static constexpr int kWarps = 4;
+  static constexpr int kRowBlocks = 2;  // 16-row blocks of a warp
+  static constexpr int kKeys = 64;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64;  // at 128 the output fills them
+  static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
+  // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
+  // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
+  static constexpr bool kLateValues = kHeadDim > 64;
+  static constexpr bool kRecomputeAddresses = kHeadDim <= 32;
+};
+
+template <class Arch, class T, int kHeadDim, class Tile>
+struct FlashForward {
+  static constexpr int kThreads = Tile::kWarps * 32;
+  static constexpr int kRowBlocks = Tile::kRowBlocks;
+  static constexpr int kWarpRows = kRowBlocks * 16;
+  static constexpr int kQueryTile = Tile::kWarps * kWarpRows;
+  static constexpr int kKeyTile = Tile::kKeys;
+  static constexpr int kStages = 2;
+  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
+
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;  // of values too
+  using Range = BlockRange<kQueryTile, kKeyTile>;
+  static constexpr int kSharedBytes = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
+  static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
+};
+
+// The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
+// zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
+template <class Tile>
+__device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
+  const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
+  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
+    const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
+    const uint4 v = load_shared_16(address);
+    store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
+  }
+  __syncwarp();
+}
+
+template <class Arch, class T, int kHeadDim, class Tile>
+__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThreads, Tile::kBlocksPerSm)
+    flash_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
+                         const float scale_log2) {
+  using Flash = FlashForward<Arch, T, kHeadDim, Tile>;
+  using Product = Mma<Arch, T>;
+  constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
+  constexpr int kThreads = Flash::kThreads;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  // Work of this block.
+  int tile_number, batch_head;
+  if (!order.locate(tile_number, batch_head)) return;
+  const int query_tiles = static_cast<int>(order.tiles);
+  const int q0 = (query_tiles - 1 - tile_number) * Flash::kQueryTile;  // causal: the last tile is the longest
+  const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
+  int key_head = head / static_cast<int>(p.group);
+  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+
+  // Shared memory: query | key stages | value stages. The output leaves through the query's place.
+  const uint32_t base = shared_address(shared);
+  const typename Flash::QueryTile query_tile{base};
+  const auto key_tile = [&](int stage) {
+    return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
+  };
+  const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
+  const auto fetch_keys = [&](int tile) {
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head));
+    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
+    key_tile(tile % Flash::kStages).template fill<kThreads>(key, tile * kKeyTile);
+  };
+  const auto fetch_values = [&](int tile) {
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head));
+    const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
+    value_tile(tile % Flash::kStages).template fill<kThreads>(value, tile * kKeyTile);
+  };
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
+  const auto lane_offset = Flash::KeyTile::lane_offset();
+
+  query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  if (range.matters(q0, 0)) {
+    fetch_keys(0);
+    fetch_values(0);
+  }
+  cp_async_wait_all();
+  __syncthreads();
+  if (p.scale <= 0.f) fold_scale_sign(query_tile, warp * Flash::kWarpRows, Flash::kWarpRows, p.scale);
+
+  uint32_t query_registers[Tile::kQueryInRegisters ? kSteps : 1][kRowBlocks][4];
+  if constexpr (Tile::kQueryInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(query_registers[k][m], lane_offset, warp_block + m, k);
+    }
+  }
+
+  OnlineSoftmax<kRowBlocks> softmax(scale_log2);
+  float output[kRowBlocks][kHeadDim / 8][4] = {};
+
+  for (int tile = 0; range.matters(q0, tile * kKeyTile); ++tile) {
+    const int k0 = tile * kKeyTile;
+    // This tile has landed, and every warp is done with the one before, whose stage is filled next.
+    cp_async_wait_all();
+    __syncthreads();
+    if (range.matters(q0, k0 + kKeyTile)) {
+      fetch_keys(tile + 1);
+      if constexpr (!Tile::kLateValues) fetch_values(tile + 1);
+    }
+
+    // S = Q K^T
+    float scores[kRowBlocks][kKeyTile / 8][4] = {};
+    const auto keys = key_tile(tile % Flash::kStages);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
+      if constexpr (!Tile::kQueryInRegisters) {
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+      }
+#pragma unroll
+      for (int n = 0; n < kKeyTile / 16; ++n) {
+        uint32_t b[4];
+        keys.load_b_transposed(b, lane_offset, n, k);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+        }
+      }
+    }
+
+    if constexpr (Tile::kLateValues) {
+      if (range.matters(q0, k0 + kKeyTile)) fetch_values(tile + 1);
+    }
+
+    // What must not be attended to is replaced, so that no NaN in it survives.
+    if (range.is_partial(q0, k0)) {
+      const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < kKeyTile / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8, col = n * 8 + lane % 4 * 2 + i % 2;
+            if (!limit.sees(row, col)) scores[m][n][i] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    softmax.see(scores, output);
+
+    // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
+    const auto values = value_tile(tile % Flash::kStages);
+#pragma unroll
+    for (int k = 0; k < kKeyTile / 16; ++k) {
+      uint32_t probability[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        softmax.exponentiate(scores[m][2 * k], m);
+        softmax.exponentiate(scores[m][2 * k + 1], m);
+        to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t b[4];
+        values.load_b(b, lane_offset, k, n);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          Product::add(output[m][2 * n], probability[m], b[0], b[1]);
+          Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // O and LSE.
+  const int warp_row = q0 + warp * Flash::kWarpRows;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float logsumexp;
+      const float factor = softmax.finish(m, half, logsumexp);
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        output[m][n][2 * half] *= factor;
+        output[m][n][2 * half + 1] *= factor;
+      }
+      const int row = warp_row + m * 16 + half * 8 + lane / 4;
+      const bool writes = p.logsumexp != nullptr && lane % 4 == 0 && row < p.L;
+      if (writes) p.logsumexp[int64_t{batch_head} * p.L + row] = logsumexp;
+    }
+  }
+  query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
+}
+
+template <class Arch, class T, int kHeadDim, class Tile>
+cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
+  using Flash = FlashForward<Arch, T, kHeadDim, Tile>;
+  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, Tile>;
+  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
+  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
+  if (order.blocks() == 0) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  const float scale_log2 = p.scale == 0.f ? kLog2E : std::fabs(p.scale) * kLog2E;  // see fold_scale_sign
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, scale_log2);
+  return cudaGetLastError();
+}
+
+// Head dims E and Ev from 1 to kHeadDim; neither attn_mask nor dropout yet.
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
+  return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim>>(p, stream);
+}
+
+}  // namespace sdpa

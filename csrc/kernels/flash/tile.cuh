@@ -1,0 +1,208 @@
+// Tiles in shared memory and the rows of one head in global memory, and the copies between them.
+#pragma once
+
+#include <cstdint>
+
+#include "../arch/mma.h"
+#include "../arch/shared_memory.h"
+#include "../attn/params.h"
+
+namespace sdpa {
+
+constexpr int kChunkBytes = 16;                  // what one lane moves at once
+constexpr int kChunkElements = kChunkBytes / 2;  // of a 16-bit type
+
+// The rows of one (batch, head) of an operand.
+template <class T>
+struct HeadRows {
+  // How wide an access the addresses of every row allow.
+  enum class Access { kChunk, kWord, kElement };
+
+  T* data;
+  int64_t row_stride, col_stride;
+  int rows, cols;
+  Access access;
+
+  __device__ __forceinline__ HeadRows(const Operand& x, int64_t batch, int64_t head, int64_t rows, int64_t cols)
+      : data(static_cast<T*>(x.data) + batch * x.stride[0] + head * x.stride[1]),
+        row_stride(x.stride[2]),
+        col_stride(x.stride[3]),
+        rows(static_cast<int>(rows)),
+        cols(static_cast<int>(cols)) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(row_stride * sizeof(T));
+    const bool dense = col_stride == 1;
+    access = dense && bits % kChunkBytes == 0 ? Access::kChunk
+             : dense && bits % 4 == 0         ? Access::kWord
+                                              : Access::kElement;
+  }
+
+  __device__ __forceinline__ T* at(int row, int col) const {
+    return data + int64_t{row} * row_stride + int64_t{col} * col_stride;
+  }
+};
+
+// Eight neighbouring columns of a row as one 16-byte value; columns past the last read as zero and are not written.
+template <class T>
+__device__ __forceinline__ uint4 read_chunk(const HeadRows<T>& source, int row, int col) {
+  const T* from = source.at(row, col);
+  const int present = source.cols - col;
+  if (source.access == HeadRows<T>::Access::kChunk && present >= kChunkElements) {
+    return *reinterpret_cast<const uint4*>(from);
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < kChunkElements; ++i) {
+    const uint32_t bits = i < present ? reinterpret_cast<const uint16_t*>(from)[i * source.col_stride] : 0;
+    words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | bits << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+template <class T>
+__device__ __forceinline__ void write_chunk(const HeadRows<T>& target, int row, int col, const uint4& v) {
+  T* to = target.at(row, col);
+  const int present = target.cols - col;
+  if (target.access == HeadRows<T>::Access::kChunk && present >= kChunkElements) {
+    *reinterpret_cast<uint4*>(to) = v;
+    return;
+  }
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < kChunkElements; ++i) {
+    if (i < present) {
+      reinterpret_cast<uint16_t*>(to)[i * target.col_stride] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    }
+  }
+}
+
+// What a lane adds to `base` to take part in an ldmatrix of a 16 x 16 block. The four 8 x 8 matrices arrive in four
+// neighbouring registers, and an mma operand wants its own in neighbouring registers, so there are two orders of the
+// matrices: down the rows first, or along the columns first.
+struct LaneOffset {
+  uint32_t rows_first, cols_first;
+};
+
+// kRows x kCols elements of T, row after row, with the 16-byte chunks of a row permuted by the row number so that the
+// eight rows an ldmatrix phase reads at one column lie in eight different bank groups. `base` must be a multiple of
+// the row's bytes.
+template <class T, int kRows_, int kCols_>
+struct SharedTile {
+  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kRowBytes = kCols * static_cast<int>(sizeof(T));
+  static constexpr int kChunksPerRow = kRowBytes / kChunkBytes;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static_assert(sizeof(T) == 2 && (kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
+
+  uint32_t base;
+
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    const int swizzle = kChunksPerRow == 4 ? (row >> 1) & 3 : row & 7;
+    return row * kRowBytes + ((chunk ^ swizzle) * kChunkBytes);
+  }
+
+  // Good for every tile with rows of this length.
+  static __device__ __forceinline__ LaneOffset lane_offset() {
+    const int lane = threadIdx.x % 32;
+    return {offset(lane % 16, lane / 16), offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+  }
+
+  // The 16 x 16 block (row_block, col_block). Swizzling is an exclusive or on address bits below the row's bytes, so a
+  // step of columns is one too, and a step of 16 rows is a plain constant.
+  __device__ __forceinline__ uint32_t block_address(uint32_t lane, int row_block, int col_block) const {
+    return ((base + lane) ^ (col_block * 2 * kChunkBytes)) + row_block * 16 * kRowBytes;
+  }
+  // The block as operand `a`.
+  __device__ __forceinline__ void load_a(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
+    ldmatrix(r, block_address(lane.rows_first, row_block, col_block));
+  }
+  // The block's transpose as operand `a`.
+  __device__ __forceinline__ void load_a_transposed(uint32_t (&r)[4], const LaneOffset& lane, int row_block,
+                                                    int col_block) const {
+    ldmatrix_transposed(r, block_address(lane.cols_first, row_block, col_block));
+  }
+  // The block as two operands `b`, (r[0], r[1]) and (r[2], r[3]): its rows are k.
+  __device__ __forceinline__ void load_b(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
+    ldmatrix_transposed(r, block_address(lane.rows_first, row_block, col_block));
+  }
+  // The block's transpose as two operands `b`: its rows are n.
+  __device__ __forceinline__ void load_b_transposed(uint32_t (&r)[4], const LaneOffset& lane, int row_block,
+                                                    int col_block) const {
+    ldmatrix(r, block_address(lane.cols_first, row_block, col_block));
+  }
+
+  // Fills the tile with rows [row0, row0 + kRows); what lies outside the operand becomes zero. Complete after
+  // cp_async_wait_all and a barrier.
+  template <int kThreads, class U>
+  __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
+    static_assert(kThreads % (8 * kChunksPerRow) == 0 || kThreads % kChunksPerRow == 0);
+    constexpr int kRowStep = kThreads / kChunksPerRow;
+    static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0);  // a thread keeps its column and its swizzle
+    using Access = typename HeadRows<U>::Access;
+    const int chunk = threadIdx.x % kChunksPerRow, first = threadIdx.x / kChunksPerRow;
+    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
+    const int rows = source.rows - row0;
+    const uint32_t to = base + offset(first, chunk);
+    const U* from = source.data + int64_t{row0 + first} * source.row_stride + chunk * kChunkElements;
+    if (source.access == Access::kChunk) {
+#pragma unroll
+      for (int row = 0; row < kRows; row += kRowStep) {
+        cp_async<16>(to + row * kRowBytes, from, first + row < rows ? present * 2 : 0);
+        from += kRowStep * source.row_stride;
+      }
+    } else if (source.access == Access::kWord) {
+#pragma unroll 1
+      for (int row = 0; row < kRows; row += kRowStep) {
+        const int bytes = first + row < rows ? present * 2 : 0;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          cp_async<4>(to + row * kRowBytes + word * 4, from + word * 2, min(max(bytes - word * 4, 0), 4));
+        }
+        from += kRowStep * source.row_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int row = 0; row < kRows; row += kRowStep) {
+        const bool inside = first + row < rows;
+        store_shared_16(to + row * kRowBytes,
+                        inside ? read_chunk(source, row0 + first + row, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+      }
+    }
+  }
+
+  // A lane's share of operand `a` of the block, as a product leaves it, to its place.
+  __device__ __forceinline__ void put_a(const uint32_t (&a)[4], int row_block, int col_block) const {
+    const int lane = threadIdx.x % 32, row = row_block * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      store_shared_4(base + offset(row + i % 2 * 8, col_block * 2 + i / 2) + lane % 4 * 4, a[i]);
+    }
+  }
+
+  // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on, to these rows of the tile and from
+  // there to global rows row0, row0 + 1, ... Nobody else may use these rows of the tile meanwhile.
+  template <int kBlocks, class U>
+  __device__ __forceinline__ void store(const float (&values)[kBlocks][kCols / 8][4], int row_block,
+                                        const HeadRows<U>& target, int row0) const {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kCols / 16; ++n) {
+        uint32_t a[4];
+        to_operand<T>(a, values[m][2 * n], values[m][2 * n + 1]);
+        put_a(a, row_block + m, n);
+      }
+    }
+    __syncwarp();
+    const int rows = min(target.rows - row0, kBlocks * 16);
+#pragma unroll 1
+    for (int i = lane; i < rows * kChunksPerRow; i += 32) {
+      const int row = i / kChunksPerRow, chunk = i % kChunksPerRow;
+      const uint4 v = load_shared_16(base + offset(row_block * 16 + row, chunk));
+      write_chunk(target, row0 + row, chunk * kChunkElements, v);
+    }
+  }
+};
+
+}  // namespace sdpa

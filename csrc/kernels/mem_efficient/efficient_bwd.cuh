@@ -1,0 +1,361 @@
+// Memory-efficient attention, backward: float32 arithmetic, any head dims, any chip from sm_70 up; bitwise repeatable.
+//
+// With f the dropout factor of a score (0 or rescale) and delta = rowsum(dO * O):
+//   P = exp(score - LSE)   dP = dO V^T   dS = P * (f * dP - delta)
+//   dV = (f * P)^T dO      dK = scale * dS^T Q      dQ = scale * dS K      d(mask) = dS
+// Three kernels: delta; a block per tile of keys that walks over the queries, for dK and dV; a block per tile of
+// queries that walks over the keys, for dQ and the mask's gradient. The second walk costs scores and dP once more, and
+// buys that no two blocks add to the same number. Gradients wider than kHeadDim are covered by further blocks.
+#pragma once
+
+#include "../arch/arch.h"
+#include "../attn/mask.h"
+#include "tile.h"
+
+namespace sdpa {
+
+namespace efficient {
+
+constexpr int kDeltaThreads = 128;
+constexpr int kDeltaLanes = 8;  // that share a row
+
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_constant__ BackwardParams p) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / kDeltaLanes;
+  const int lane = threadIdx.x % kDeltaLanes;
+  const bool is_inside = row < p.B * p.H * p.L;
+  float sum = 0.f;
+  if (is_inside) {
+    const int64_t head_index = row / p.L, b = head_index / p.H, h = head_index % p.H;
+    const int query = static_cast<int>(row % p.L);
+    const auto output = Matrix<const T>::of(p.output, b, h, p.L, p.Ev);
+    const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
+    for (int col = 4 * lane; col < output.cols; col += 4 * kDeltaLanes) {
+      const float4 x = output.quad_at(query, col), y = grad_output.quad_at(query, col);
+      sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    }
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kDeltaLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  if (is_inside && lane == 0) p.delta[row] = sum;
+}
+
+// Where a query's LSE and delta stand; those of a query beyond the last are read from the last and not used.
+__device__ __forceinline__ int64_t statistics_row(const BackwardParams& p, int64_t b, int64_t h, int query) {
+  return (b * p.H + h) * p.L + min(query, static_cast<int>(p.L) - 1);
+}
+
+// LSE, or +inf where there was nothing to attend to: P = exp(score - LSE) is then 0. (A query beyond the last has
+// scores of -inf by its mask.)
+__device__ __forceinline__ float reference_lse(const BackwardParams& p, int64_t row) {
+  const float lse = p.logsumexp[row];
+  return lse == -INFINITY ? INFINITY : lse;
+}
+
+template <int kRows, int kColumns>
+__device__ __forceinline__ void clear(float (&x)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) x[i][j] = 0.f;
+  }
+}
+
+// How a backward kernel shares its tiles. At kHeadDim 64, where an operand is likely to be one chunk wide, tiles of 32
+// columns leave shared memory for both row operands, which then are staged once and stay; and registers for two
+// gradients. At 128 one place serves both in turn.
+template <int kHeadDim>
+struct BackwardTile : Tile<kHeadDim, kHeadDim == 64 ? 32 : 64> {
+  using Base = Tile<kHeadDim, kHeadDim == 64 ? 32 : 64>;
+  static constexpr bool kKeepsRows = kHeadDim == 64;
+  static constexpr int kSharedBytes =
+      Base::kSharedBytes + (kKeepsRows ? Base::kRowTile * static_cast<int>(sizeof(float)) : 0);
+};
+
+// product = rows * columns^T, for the tiles at first_row and first_column, through all chunks of their width. The rows
+// are there already if they were staged before and stay.
+template <class Tile, class T>
+__device__ __forceinline__ void tile_product(Scores<Tile>& product, const Tile& t, float* row_tile, float* column_tile,
+                                             const Matrix<const T>& rows, const Matrix<const T>& columns, int first_row,
+                                             int first_column, bool has_rows) {
+  clear(product);
+#pragma unroll 1
+  for (int e = 0; e < rows.cols; e += Tile::kWidth) {
+    __syncthreads();  // nobody reads the tiles any more
+    if (!has_rows) stage_transposed<Tile, Tile::kRows>(row_tile, rows, first_row, e);
+    stage_transposed<Tile, Tile::kColumns>(column_tile, columns, first_column, e);
+    __syncthreads();
+    multiply_scores(product, t, row_tile, column_tile, rows.cols - e);
+  }
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void store_gradient(const Matrix<T>& gradient, const Tile& t, const Results<Tile>& result,
+                                               int first_row, int first_col, float factor) {
+#pragma unroll
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      float x[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = result[i][4 * g + c] * factor;
+      gradient.store(first_row + t.row(i), first_col + t.result_column(4 * g), x);
+    }
+  }
+}
+
+// dK and dV. The tile's rows are keys, its columns queries.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
+    grad_key_value_kernel(const __grid_constant__ BackwardParams p) {
+  using Shape = BackwardTile<kHeadDim>;
+  using Tile = typename Shape::Base;
+  constexpr int kRowsOwned = Tile::kRowsOwned, kColumnsOwned = Tile::kColumnsOwned;
+  extern __shared__ float4 shared_memory[];
+  float* const key_tile = reinterpret_cast<float*>(shared_memory);
+  float* const value_tile = key_tile + (Shape::kKeepsRows ? Tile::kRowTile : 0);
+  float* const column_tile = value_tile + Tile::kRowTile;
+  float* const score_tile = column_tile + Tile::kColumnTile;
+  const Tile t = Tile::of_thread();
+
+  const int64_t key_heads = p.H / p.group;
+  const int64_t heads = p.B * key_heads;
+  const int key_tiles = static_cast<int>(ceil_div(p.S, Tile::kRows));
+  // Under causality the first keys have most to do: start them first, those of all heads.
+  const int64_t head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / key_tiles;
+  const int tile_index = static_cast<int>(p.is_causal ? blockIdx.x / heads : blockIdx.x % key_tiles);
+  const int64_t b = head_index / key_heads, key_head = head_index % key_heads;
+  const int first_key = tile_index * Tile::kRows;
+  const int first_col = blockIdx.y * kHeadDim;
+
+  const auto key = Matrix<const T>::of(p.key, b, key_head, p.S, p.E);
+  const auto value = Matrix<const T>::of(p.value, b, key_head, p.S, p.Ev);
+  const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
+  const float rescale = p.dropout_p > 0.f ? dropout.rescale : 1.f;
+  const bool wants_key = p.grad_key.data != nullptr && first_col < p.E;
+  const bool wants_value = p.grad_value.data != nullptr && first_col < p.Ev;
+
+  Results<Tile> grad_key = {}, grad_value = {};
+  bool has_rows = false;
+#pragma unroll 1
+  for (int64_t h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
+    const auto query = Matrix<const T>::of(p.query, b, h, p.L, p.E);
+    const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
+    const Mask mask = Mask::of(p, b, h);
+    const int query_begin = mask.query_begin(first_key) / Tile::kColumns * Tile::kColumns;
+#pragma unroll 1
+    for (int first_query = query_begin; first_query < query.rows; first_query += Tile::kColumns) {
+      const int depth = query.rows - first_query;
+      const bool is_masked =
+          !mask.passes(first_query, first_query + Tile::kColumns, first_key, first_key + Tile::kRows);
+      if (is_masked) stage_mask<true, Tile>(score_tile, mask, first_query, first_key);
+      Scores<Tile> score;
+      tile_product(score, t, key_tile, column_tile, key, query, first_key, first_query, has_rows && p.E <= kHeadDim);
+      scale_and_mask(score, t, p.scale, is_masked, score_tile);
+#pragma unroll
+      for (int j = 0; j < kColumnsOwned; ++j) {
+        const float lse = reference_lse(p, statistics_row(p, b, h, first_query + t.column(j)));
+#pragma unroll
+        for (int i = 0; i < kRowsOwned; ++i) score[i][j] = fast_exp2((score[i][j] - lse) * kLog2E);
+      }
+      // P waits in shared memory, each thread's where that thread finds it, while dP takes its registers. What dropout
+      // drops is drawn now, when there are registers for it, and kept as the sign.
+      if (p.dropout_p > 0.f) {
+        for_each_keep<true, Tile>(
+            dropout, p.first_batch_head + b * p.H + h, first_query, first_key,
+            [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] : copysignf(score[i][j], -1.f); });
+      }
+      store_scores(score_tile, t, score);
+      if (wants_key) {
+        tile_product(score, t, value_tile, column_tile, value, grad_output, first_key, first_query,
+                     has_rows && p.Ev <= kHeadDim);
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnsOwned; ++j) {
+        const float delta = wants_key ? p.delta[statistics_row(p, b, h, first_query + t.column(j))] : 0.f;
+#pragma unroll
+        for (int g = 0; g < 2; ++g) {
+          const float4 place = score_quad(score_tile, t, j, g);
+          const float probability[4] = {place.x, place.y, place.z, place.w};
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            float& grad = score[4 * g + n][j];
+            grad = fabsf(probability[n]) * ((signbit(probability[n]) ? 0.f : grad * rescale) - delta);
+          }
+        }
+      }
+      if (p.dropout_p > 0.f) drop_negative<Tile>(score_tile);
+      if (wants_value) {
+        __syncthreads();
+        stage_rows<Tile>(column_tile, grad_output, first_query, first_col);
+        __syncthreads();
+        multiply_result(grad_value, t, score_tile, column_tile, depth, value.cols - first_col);
+      }
+      if (wants_key) {
+        __syncthreads();
+        store_scores(score_tile, t, score);
+        stage_rows<Tile>(column_tile, query, first_query, first_col);
+        __syncthreads();
+        multiply_result(grad_key, t, score_tile, column_tile, depth, key.cols - first_col);
+      }
+      has_rows = Shape::kKeepsRows;
+    }
+  }
+  if (wants_value) {
+    const auto gradient = Matrix<T>::of(p.grad_value, b, key_head, p.S, p.Ev);
+    store_gradient(gradient, t, grad_value, first_key, first_col, rescale);
+  }
+  if (wants_key) {
+    const auto gradient = Matrix<T>::of(p.grad_key, b, key_head, p.S, p.E);
+    store_gradient(gradient, t, grad_key, first_key, first_col, p.scale);
+  }
+}
+
+// Adds a thread's dS to the mask's gradient. Where the mask broadcasts along the keys a row is summed up first.
+template <class Tile>
+__device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, const Tile& t, int64_t b, int64_t h,
+                                                  int first_query, int first_key, const Scores<Tile>& grad) {
+  const int64_t* const stride = p.grad_mask_stride;
+  float* const head = p.grad_mask + b * stride[0] + h * stride[1];
+#pragma unroll
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
+    const int query = first_query + t.row(i);
+    float* const row = head + query * stride[2];
+    if (stride[3] == 0) {
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnsOwned; ++j) sum += grad[i][j];  // what lies outside L x S has P = 0
+      sum = Tile::row_sum(sum);
+      if (query < p.L && t.x == 0) atomicAdd(row, sum);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnsOwned; ++j) {
+        const int key = first_key + t.column(j);
+        if (query < p.L && key < p.S) atomicAdd(row + key * stride[3], grad[i][j]);
+      }
+    }
+  }
+}
+
+// dQ and the mask's gradient. The tile's rows are queries, its columns keys.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
+    grad_query_kernel(const __grid_constant__ BackwardParams p) {
+  using Shape = BackwardTile<kHeadDim>;
+  using Tile = typename Shape::Base;
+  constexpr int kRowsOwned = Tile::kRowsOwned, kColumnsOwned = Tile::kColumnsOwned;
+  extern __shared__ float4 shared_memory[];
+  float* const query_tile = reinterpret_cast<float*>(shared_memory);
+  float* const grad_output_tile = query_tile + (Shape::kKeepsRows ? Tile::kRowTile : 0);
+  float* const column_tile = grad_output_tile + Tile::kRowTile;
+  float* const score_tile = column_tile + Tile::kColumnTile;
+  const Tile t = Tile::of_thread();
+
+  const int64_t heads = p.B * p.H;
+  const int query_tiles = static_cast<int>(ceil_div(p.L, Tile::kRows));
+  const int64_t head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / query_tiles;
+  const int tile_index =
+      p.is_causal ? query_tiles - 1 - static_cast<int>(blockIdx.x / heads) : blockIdx.x % query_tiles;
+  const int64_t b = head_index / p.H, h = head_index % p.H;
+  const int first_query = tile_index * Tile::kRows;
+  const int first_col = blockIdx.y * kHeadDim;
+
+  const auto query = Matrix<const T>::of(p.query, b, h, p.L, p.E);
+  const auto key = Matrix<const T>::of(p.key, b, h / p.group, p.S, p.E);
+  const auto value = Matrix<const T>::of(p.value, b, h / p.group, p.S, p.Ev);
+  const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
+  const Mask mask = Mask::of(p, b, h);
+  const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
+
+  Results<Tile> result = {};
+  bool has_rows = false;
+  const int key_end = mask.key_end(first_query + Tile::kRows);
+#pragma unroll 1
+  for (int first_key = 0; first_key < key_end; first_key += Tile::kColumns) {
+    const bool is_masked = !mask.passes(first_query, first_query + Tile::kRows, first_key, first_key + Tile::kColumns);
+    if (is_masked) stage_mask<false, Tile>(score_tile, mask, first_query, first_key);
+    Scores<Tile> score;
+    tile_product(score, t, query_tile, column_tile, query, key, first_query, first_key, has_rows && p.E <= kHeadDim);
+    scale_and_mask(score, t, p.scale, is_masked, score_tile);
+#pragma unroll
+    for (int i = 0; i < kRowsOwned; ++i) {
+      const float lse = reference_lse(p, statistics_row(p, b, h, first_query + t.row(i)));
+#pragma unroll
+      for (int j = 0; j < kColumnsOwned; ++j) score[i][j] = fast_exp2((score[i][j] - lse) * kLog2E);
+    }
+    // P waits in shared memory, each thread's where that thread finds it, while dP takes its registers.
+    store_scores(score_tile, t, score);
+    tile_product(score, t, grad_output_tile, column_tile, grad_output, value, first_query, first_key,
+                 has_rows && p.Ev <= kHeadDim);
+    if (p.dropout_p > 0.f) {
+      for_each_keep<false, Tile>(
+          dropout, p.first_batch_head + head_index, first_query, first_key,
+          [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] * dropout.rescale : 0.f; });
+    }
+    float delta[kRowsOwned];
+#pragma unroll
+    for (int i = 0; i < kRowsOwned; ++i) delta[i] = p.delta[statistics_row(p, b, h, first_query + t.row(i))];
+#pragma unroll
+    for (int j = 0; j < kColumnsOwned; ++j) {
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const float4 place = score_quad(score_tile, t, j, g);
+        const float probability[4] = {place.x, place.y, place.z, place.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) score[4 * g + n][j] = probability[n] * (score[4 * g + n][j] - delta[4 * g + n]);
+      }
+    }
+    has_rows = Shape::kKeepsRows;
+    if (p.grad_mask != nullptr && blockIdx.y == 0) add_mask_gradient(p, t, b, h, first_query, first_key, score);
+    if (p.grad_query.data != nullptr) {
+      store_scores(score_tile, t, score);
+      __syncthreads();
+      stage_rows<Tile>(column_tile, key, first_key, first_col);
+      __syncthreads();
+      multiply_result(result, t, score_tile, column_tile, key_end - first_key, key.cols - first_col);
+    }
+  }
+  if (p.grad_query.data != nullptr) {
+    store_gradient(Matrix<T>::of(p.grad_query, b, h, p.L, p.E), t, result, first_query, first_col, p.scale);
+  }
+}
+
+}  // namespace efficient
+
+template <class Arch, class T, int kHeadDim>
+cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
+  using Tile = efficient::BackwardTile<kHeadDim>;
+  static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
+  const auto width_blocks = [](int64_t width) { return static_cast<unsigned>(efficient::ceil_div(width, kHeadDim)); };
+  const bool wants_query = p.grad_query.data != nullptr, wants_key = p.grad_key.data != nullptr;
+  const bool wants_value = p.grad_value.data != nullptr, wants_mask = p.grad_mask != nullptr;
+  cudaError_t error = cudaSuccess;
+
+  if (const int64_t rows = p.B * p.H * p.L; rows > 0 && (wants_query || wants_key || wants_mask)) {
+    const int64_t blocks = efficient::ceil_div(rows * efficient::kDeltaLanes, efficient::kDeltaThreads);
+    efficient::delta_kernel<T><<<static_cast<unsigned>(blocks), efficient::kDeltaThreads, 0, stream>>>(p);
+    if (error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  if (const int64_t heads = p.B * (p.H / p.group); heads * p.S > 0 && (wants_key || wants_value)) {
+    constexpr auto kKernel = &efficient::grad_key_value_kernel<T, kHeadDim>;
+    error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    if (error != cudaSuccess) return error;
+    const unsigned key_blocks = wants_key ? width_blocks(p.E) : 0, value_blocks = wants_value ? width_blocks(p.Ev) : 0;
+    const dim3 grid(static_cast<unsigned>(heads * efficient::ceil_div(p.S, Tile::kRows)),
+                    key_blocks > value_blocks ? key_blocks : value_blocks);
+    kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
+    if (error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  if (const int64_t heads = p.B * p.H; heads * p.L > 0 && (wants_query || wants_mask)) {
+    constexpr auto kKernel = &efficient::grad_query_kernel<T, kHeadDim>;
+    error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(heads * efficient::ceil_div(p.L, Tile::kRows)),
+                    wants_query ? width_blocks(p.E) : 1);
+    kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
+    error = cudaGetLastError();
+  }
+  return error;
+}
+
+}  // namespace sdpa

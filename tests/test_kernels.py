@@ -1,0 +1,260 @@
+"""Every compiled kernel against float64, forward and backward, over a sample of everything that a call can vary."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import pytest
+import torch
+from reference import INF, check, make, poison, strided
+
+import sdpa
+from sdpa import SDPBackend
+from sdpa.backends import BACKEND, NUMBER
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+VARIANTS = sdpa._C.variants()
+PATHS = sorted({(BACKEND[v["backend"]], v["path"], v["dtype"]) for v in VARIANTS}, key=str)
+
+HEAD_DIMS = [(d, d) for d in (1, 8, 17, 32, 40, 64, 72, 80, 96, 100, 128)]
+HEAD_DIMS += [(64, 32), (32, 64), (8, 128), (128, 8), (65, 33), (24, 100)]
+WIDE = [(160, 160), (256, 256), (512, 512), (64, 256), (300, 40)]  # memory-efficient alone
+LENGTHS = [(1, 1), (1, 300), (300, 1), (7, 129), (129, 7), (63, 65), (64, 64), (65, 63), (128, 128), (127, 257)]
+LENGTHS += [(257, 127), (200, 333), (16, 1031), (515, 511)]
+LAYOUTS = ["contiguous", "contiguous", "transposed", "columns", "step", "odd", "packed"]
+MASKS = ["bool", "float16", "bfloat16", "float32"]
+MASK_SHAPES = ["LS", "1S", "L1", "HLS", "B11S", "B1LS", "BHLS", ""]
+PLAIN, ALL = 30, 40  # calls of each path: without mask and dropout, which a young backend may refuse, and with
+
+
+def sampled(choices, count, dice):
+    """Every choice as often as any other, in random order."""
+    deck = []
+    while len(deck) < count:
+        deck += dice.sample(choices, len(choices))
+    return deck[:count]
+
+
+def calls(backend, path, dtype):
+    dice = random.Random(f"{backend.name} {path} {dtype}")
+    for number, count in enumerate((PLAIN, ALL)):
+        dims = HEAD_DIMS + (WIDE if backend == EFFICIENT else [])
+        axes = {
+            "dims": dims,
+            "lengths": LENGTHS,
+            "is_causal": [False, True],
+            "group": [1, 4],
+            "layout": LAYOUTS,
+            "scale": [None, None, 0.3, -0.2, 0.0],
+            "mask": [None] if number == 0 else [None, *MASKS],
+            "mask_shape": MASK_SHAPES,
+            "dropout_p": [0.0] if number == 0 else [0.0, 0.0, 0.3],
+        }
+        for row in zip(*(sampled(choices, count, dice) for choices in axes.values()), strict=True):
+            call = dict(zip(axes, row, strict=True))
+            if call["mask"] is not None:
+                call["is_causal"] = False
+            else:
+                call["mask_shape"] = ""
+            yield call
+
+
+def name_of(call):
+    (E, Ev), (L, S) = call["dims"], call["lengths"]
+    parts = [f"E{E}-Ev{Ev}-L{L}-S{S}-g{call['group']}-{call['layout']}", "causal" * call["is_causal"]]
+    parts += [f"scale{call['scale']}" if call["scale"] is not None else ""]
+    parts += [f"{call['mask']}[{call['mask_shape']}]" if call["mask"] else ""]
+    parts += [f"p{call['dropout_p']}" if call["dropout_p"] else ""]
+    return "-".join(p for p in parts if p)
+
+
+CASES = [
+    pytest.param(backend, path, dtype, call, id=f"{backend.name}-sm{path}-{dtype}-{name_of(call)}")
+    for backend, path, dtype in PATHS
+    for call in calls(backend, path, dtype)
+]
+
+
+def runs_here(variant):
+    """By the rules of CUDA's binaries: 90a on 9.0 alone, 80 on 8.x, with PTX on anything newer."""
+    major, minor = torch.cuda.get_device_capability()
+    device = 10 * major + minor
+    for chip in variant["chips"]:
+        capability, specific, ptx = re.fullmatch(r"(\d+)(a?)(\+PTX)?", chip).groups()
+        capability = int(capability)
+        newer = capability <= device and (ptx or capability // 10 == major)
+        if capability == device if specific else newer:
+            return True
+    return False
+
+
+def rivals(backend, dtype, backward):
+    return [v for v in VARIANTS if (v["backend"], v["dtype"], v["backward"]) == (NUMBER[backend], dtype, backward)]
+
+
+@pytest.fixture
+def use_path(monkeypatch):
+    """Makes the selector take a code path that is not the newest one this chip can run."""
+
+    def use(backend, path, dtype):
+        own = [v for v in rivals(backend, dtype, False) if v["path"] == path]
+        if not any(map(runs_here, own)):
+            pytest.skip(f"this build has no sm{path} {backend.name} kernel for this chip")
+        major, minor = torch.cuda.get_device_capability()
+        if max(v["path"] for v in rivals(backend, dtype, False) if v["path"] <= 10 * major + minor) != path:
+            monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
+
+    return use
+
+
+def tensors_of(call, dtype, B=2):
+    (E, Ev), (L, S), group = call["dims"], call["lengths"], call["group"]
+    H = 4
+    dtype = getattr(torch, dtype)
+    shapes = (B, H, L, E), (B, H // group, S, E), (B, H // group, S, Ev)
+    made = [strided(make(*shape, dtype=dtype, device="cuda"), call["layout"]) for shape in shapes]
+    if call["mask"] is None:
+        return made, None
+    sizes = {"B": B, "H": H, "L": L, "S": S, "1": 1}
+    shape = [sizes[letter] for letter in call["mask_shape"]]
+    if call["mask"] == "bool":
+        return made, torch.rand(shape, device="cuda") > 0.3
+    return made, make(*shape, dtype=getattr(torch, call["mask"]), device="cuda")
+
+
+@pytest.mark.parametrize("which, path, dtype, call", CASES)
+def test_against_float64(use_path, which, path, dtype, call):
+    use_path(which, path, dtype)
+    tensors, mask = tensors_of(call, dtype)
+    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
+    check(which, *tensors, mask, **kwargs)
+
+
+def test_every_kernel_that_runs_here_is_tested(monkeypatch):
+    covered = set()
+    for backend, path, dtype in PATHS:
+        major, minor = torch.cuda.get_device_capability()
+        newest = max(
+            (v["path"] for v in rivals(backend, dtype, False) if v["path"] <= 10 * major + minor), default=None
+        )
+        if path != newest:
+            monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
+        for call in calls(backend, path, dtype):
+            tensors, mask = tensors_of(call, dtype)
+            with sdpa.sdpa_kernel(backend):
+                found = sdpa.explain(*tensors, mask, call["dropout_p"], call["is_causal"], enable_gqa=call["group"] > 1)
+            covered.update(name for b in found.backends if b.backend == found.chosen for name in b.kernels)
+        monkeypatch.delenv("SDPA_FORCE_ARCH", raising=False)
+    compiled = {v["name"] for v in VARIANTS if runs_here(v)}
+    assert compiled, "this build has no kernel for this chip"
+    assert compiled == covered
+
+
+paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
+
+KEYS = 300
+PROFILES = {  # of the scores along the keys; exact in every dtype, so that eager is accurate
+    "growing": torch.arange(KEYS) // 2 * 1.0,
+    "growing fast": (torch.arange(KEYS) // 2 - 75) * 64.0,
+    "falling": 150.0 - torch.arange(KEYS) // 2,
+    "alternating": 10240.0 * (1 - 2 * (torch.arange(KEYS) % 2)),
+    "high": torch.full((KEYS,), 10240.0),
+    "low": torch.full((KEYS,), -10240.0),
+    "late jump": torch.where(torch.arange(KEYS) == 290, 10240.0, -10240.0),
+    "jump inside a tile": torch.where(torch.arange(KEYS) % 64 == 33, 1024.0, -1024.0),
+    "first tiles low": torch.where(torch.arange(KEYS) < 260, -10240.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@paths
+def test_adversarial_scores(use_path, which, path, dtype, head_dim, is_causal, profile):
+    use_path(which, path, dtype)
+    dtype = getattr(torch, dtype)
+    query = torch.zeros(1, 2, KEYS, head_dim, dtype=dtype, device="cuda")
+    key = torch.zeros_like(query)
+    query[..., 3] = 1
+    key[..., 3] = PROFILES[profile].to("cuda", dtype)
+    assert torch.equal(key[0, 0, :, 3].double().cpu(), PROFILES[profile].double())
+    value = make(1, 2, KEYS, head_dim, dtype=dtype, device="cuda", grad=False)
+    check(which, query, key, value, scale=1.0, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+@paths
+def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
+    use_path(which, path, dtype)
+    dtype = getattr(torch, dtype)
+    seen = torch.rand(260, 300, device="cuda") > 0.5
+    seen[:, :140] = False  # first tiles
+    seen[64:128, 192:256] = False  # a tile
+    seen[70] = False
+    seen[200:] = False  # last rows: nothing
+    tensors = [make(2, 2, n, 64, dtype=dtype, device="cuda") for n in (260, 300, 300)]
+    mask = seen if kind == "bool" else torch.zeros(260, 300, device="cuda").masked_fill(~seen, -INF).requires_grad_()
+    output, grad_query, grad_key, *_ = check(which, *tensors, mask)
+    assert (output[:, :, 200:] == 0).all() and (output[:, :, 70] == 0).all()
+    assert (grad_query[:, :, 200:] == 0).all() and (grad_key[:, :, :140] == 0).all()
+    if kind == "bool":  # what the mask hides may be anything
+        hidden = ~seen.any(0)
+        assert hidden.any()
+        tensors = [t.detach() for t in tensors]
+        tensors[1][:, :, hidden] = math.nan
+        assert torch.equal(check(which, *tensors, mask.detach())[0], output)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@paths
+def test_forward_is_bitwise_repeatable(use_path, which, path, dtype, is_causal):
+    use_path(which, path, dtype)
+    tensors = [make(4, 8, 515, 64, dtype=getattr(torch, dtype), device="cuda", grad=False) for _ in range(3)]
+    results = []
+    with sdpa.sdpa_kernel(which):
+        for _ in range(10):
+            poison("cuda", (4, 8, 515, 64))
+            results.append(sdpa.scaled_dot_product_attention(*tensors, is_causal=is_causal))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@paths
+def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtype, masked, deterministic):
+    use_path(which, path, dtype)
+    tensors = [make(2, 4, 515, 64, dtype=getattr(torch, dtype), device="cuda") for _ in range(3)]
+    tensors += [make(2, 4, 515, 515, device="cuda")] if masked else []
+    results = []
+    for _ in range(5):
+        torch.manual_seed(1)
+        results.append(check(which, *tensors))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@paths
+def test_more_than_one_grid_dimension_holds(use_path, which, path, dtype):
+    use_path(which, path, dtype)
+    tensors = [make(70_000, 1, n, 8, dtype=getattr(torch, dtype), device="cuda") for n in (2, 3, 3)]
+    check(which, *tensors)
+
+
+@paths
+def test_offsets_beyond_32_bits(use_path, which, path, dtype):
+    use_path(which, path, dtype)
+    dtype = getattr(torch, dtype)
+    # The second head starts 2^31 elements after the first.
+    whole = torch.empty(2**31 + 2**20, dtype=dtype, device="cuda")
+    small = [make(1, 2, n, 64, dtype=dtype, device="cuda", grad=False) for n in (70, 90, 90)]
+    far = []
+    for i, t in enumerate(small):
+        view = whole.as_strided(t.shape, (0, 2**31, 64, 1), i * 2**14)
+        view.copy_(t)
+        far.append(view)
+    with sdpa.sdpa_kernel(which):
+        expected = sdpa.scaled_dot_product_attention(*small)
+        assert torch.equal(sdpa.scaled_dot_product_attention(*far), expected)

@@ -1,0 +1,194 @@
+"""sdpa.patch_torch(): torch's own names lead here, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.attention
+import torch.nn.functional as F
+import torch.utils.benchmark as benchmark
+from reference import make
+
+import sdpa
+from sdpa import SDPBackend
+
+NAMES = [(module, name) for module, name, _ in sdpa.patch._REPLACED]
+HALF, SINGLE = torch.float16, torch.float32
+
+
+def current():
+    return [getattr(module, name) for module, name in NAMES]
+
+
+def test_as_a_context_manager():
+    before = current()
+    with sdpa.patch_torch():
+        assert all(new is not old for new, old in zip(current(), before, strict=True))
+    assert current() == before
+    with pytest.raises(KeyError), sdpa.patch_torch():
+        raise KeyError
+    assert current() == before
+
+
+def test_as_a_call_with_undo():
+    before = current()
+    patch = sdpa.patch_torch()
+    try:
+        assert F.scaled_dot_product_attention is not before[0]
+    finally:
+        patch.undo()
+    assert current() == before
+    patch.undo()
+    assert current() == before
+
+
+def test_nested_patches():
+    before = current()
+    with sdpa.patch_torch():
+        inside = current()
+        with sdpa.patch_torch():
+            assert current() == inside
+        assert current() == inside
+    assert current() == before
+
+
+@pytest.fixture
+def patched():
+    with sdpa.patch_torch():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often our op ran."""
+    counted = []
+    real = sdpa._C.attention
+    monkeypatch.setattr(sdpa._C, "attention", lambda *args: counted.append(1) or real(*args))
+    return counted
+
+
+def test_the_seeds_program(device, patched, capsys, calls):
+    sdp_kernel, SDPBackend = torch.backends.cuda.sdp_kernel, torch.backends.cuda.SDPBackend  # as it imports them
+
+    def benchmark_torch_function_in_microseconds(f, *args, **kwargs):
+        t0 = benchmark.Timer(stmt="f(*args, **kwargs)", globals={"args": args, "kwargs": kwargs, "f": f})
+        return t0.timeit(2).mean * 1e6
+
+    batch_size, max_sequence_len, num_heads, embed_dimension = 2, 64, 2, 32
+    shape = batch_size, num_heads, max_sequence_len, embed_dimension
+    query, key, value = (torch.rand(shape, device=device, dtype=torch.float16) for _ in range(3))
+    run = benchmark_torch_function_in_microseconds
+    print(
+        f"The default implementation runs in {run(F.scaled_dot_product_attention, query, key, value):.3f} microseconds"
+    )
+    backend_map = {
+        SDPBackend.MATH: {"enable_math": True, "enable_flash": False, "enable_mem_efficient": False},
+        SDPBackend.FLASH_ATTENTION: {"enable_math": False, "enable_flash": True, "enable_mem_efficient": False},
+        SDPBackend.EFFICIENT_ATTENTION: {"enable_math": False, "enable_flash": False, "enable_mem_efficient": True},
+    }
+    ran = 1
+    for name, backend in (
+        ("math", SDPBackend.MATH),
+        ("flash attention", SDPBackend.FLASH_ATTENTION),
+        ("memory efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        usable = sdpa.explain(query, key, value).backends
+        usable = next(b.usable for b in usable if b.backend.name == backend.name)
+        warns = contextlib.nullcontext() if usable else pytest.warns(UserWarning, match="kernel not used because")
+        with sdp_kernel(**backend_map[backend]), warns:
+            try:
+                time = run(F.scaled_dot_product_attention, query, key, value)
+                print(f"The {name} implementation runs in {time:.3f} microseconds")
+                assert usable
+            except RuntimeError as error:
+                assert "No available kernel. Aborting execution." in str(error) and not usable
+                print(f"{name} is not supported. See warnings for reasons.")
+            ran += 1
+    assert len(capsys.readouterr().out.splitlines()) == ran == 4
+    assert len(calls) >= 4  # ours, each time
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}], ids=str)
+def test_same_answer_as_torch(device, kwargs):
+    query, key, value = (make(2, 4, 9, 16, device=device, grad=False) for _ in range(3))
+    if "enable_gqa" in kwargs:
+        key, value = key[:, :2], value[:, :2]
+    mask = None if "is_causal" in kwargs else make(9, 9, device=device, grad=False)
+    expected = F.scaled_dot_product_attention(query, key, value, mask, **kwargs)
+    with sdpa.patch_torch():
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value, mask, **kwargs), expected)
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(query=query, key=key, value=value, attn_mask=mask, **kwargs), expected
+        )
+
+
+def test_nested_tensors_go_to_torch(calls):
+    parts = [torch.randn(n, 2, 8) for n in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(nested, nested, nested)
+    with sdpa.patch_torch():
+        output = F.scaled_dot_product_attention(nested, nested, nested)
+    assert output.is_nested and not calls
+    for ours, theirs in zip(output.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_switches_reach_both(patched):
+    cuda = torch.backends.cuda
+    theirs = dict(sdpa.patch._torch_enabled)
+    for name in ("flash", "mem_efficient", "math"):
+        enable, enabled = getattr(cuda, f"enable_{name}_sdp"), getattr(cuda, f"{name}_sdp_enabled")
+        assert enabled()
+        enable(False)
+        assert not enabled() and not theirs[name]() and not getattr(sdpa, f"{name}_sdp_enabled")()
+        enable(True)
+        assert enabled() and theirs[name]() and getattr(sdpa, f"{name}_sdp_enabled")()
+    with cuda.sdp_kernel(enable_flash=False):
+        assert not sdpa.flash_sdp_enabled() and not theirs["flash"]() and sdpa.math_sdp_enabled()
+    assert sdpa.flash_sdp_enabled() and theirs["flash"]()
+    backends = torch.nn.attention.SDPBackend
+    with torch.nn.attention.sdpa_kernel([backends.MATH, backends.CUDNN_ATTENTION]):
+        assert sdpa.backends.decode(sdpa.backends.current_switches()) == [SDPBackend.MATH]
+        assert theirs["math"]() and not theirs["flash"]()
+    with torch.nn.attention.sdpa_kernel(backends.MATH):
+        assert not sdpa.flash_sdp_enabled()
+    assert sdpa.flash_sdp_enabled() and theirs["flash"]()
+
+
+def test_can_use_functions(patched):
+    tensors = [torch.empty(2, 2, 8, 32, dtype=HALF) for _ in range(3)]
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(*tensors, None, 0.0, False, False)
+    assert not cuda.can_use_flash_attention(params) and not cuda.can_use_efficient_attention(params)
+    params = cuda.SDPAParams(*tensors, None, 0.0, False, False, capability=(9, 0))
+    assert cuda.can_use_flash_attention(params) and cuda.can_use_efficient_attention(params)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_modules_agree_with_unpatched_torch(device, train, masked, calls):
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, device=device).train(train)
+    own = torch.nn.MultiheadAttention(16, 4, batch_first=True, device=device).train(train)
+    x = torch.randn(2, 7, 16, device=device)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(7, device=device) if masked else None
+    padding = torch.zeros(2, 7, device=device)
+    padding[1, 5:] = -math.inf
+
+    def run():
+        outputs = [
+            layer(x, mask, src_key_padding_mask=padding),
+            own(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0],
+        ]
+        parameters = [p for p in (*layer.parameters(), *own.parameters()) if p.requires_grad]
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outputs), parameters)
+        return [*outputs, *grads]
+
+    expected = run()
+    with sdpa.patch_torch():
+        actual = run()
+    assert len(calls) == 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

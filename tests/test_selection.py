@@ -1,0 +1,400 @@
+"""Which backend takes a call: constraints of every chip, order, switches, warnings, and what explain says."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.attention
+from reference import make
+
+import sdpa
+from sdpa import SDPBackend, explain, sdp_kernel, sdpa_kernel
+from sdpa import scaled_dot_product_attention as attention
+
+FLASH, EFFICIENT, MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+DEFAULT = [FLASH, EFFICIENT, MATH]
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CAPABILITIES = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+capabilities = pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm{10 * c[0] + c[1]}")
+
+
+def inputs(dtype=HALF, E=64, Ev=64, grad=False, L=16, S=24):
+    return [make(*s, dtype=dtype, grad=grad) for s in ((2, 4, L, E), (2, 4, S, E), (2, 4, S, Ev))]
+
+
+def row(explanation, backend):
+    return next(b for b in explanation.backends if b.backend == backend)
+
+
+def order_now():
+    return sdpa.backends.decode(sdpa.backends.current_switches())
+
+
+# What each takes, on every chip
+
+
+def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False, deterministic=False):
+    """The documented limits of this version, written down a second time."""
+    if backend == MATH:
+        return True
+    if backend == FLASH:
+        return (
+            capability >= (8, 0)
+            and dtype in (HALF, BRAIN)
+            and 1 <= E <= 128
+            and 1 <= Ev <= 128
+            and mask is None
+            and p == 0
+            and not (deterministic and grad)
+        )
+    brain = dtype == BRAIN and capability >= (8, 0)
+    return (dtype in (HALF, SINGLE) or brain) and E >= 1 and Ev >= 1 and mask != DOUBLE
+
+
+CALLS = [
+    *({"dtype": dtype} for dtype in (HALF, BRAIN, SINGLE, DOUBLE)),
+    *(
+        {"dtype": HALF, "E": E, "Ev": Ev}
+        for E, Ev in ((0, 8), (8, 0), (1, 1), (128, 128), (129, 8), (8, 129), (512, 9))
+    ),
+    *({"dtype": dtype, "mask": m} for dtype in (HALF, SINGLE) for m in (torch.bool, HALF, BRAIN, SINGLE)),
+    {"dtype": DOUBLE, "mask": DOUBLE},
+    {"dtype": HALF, "p": 0.1},
+    {"dtype": HALF, "grad": True},
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: "-".join(f"{k}={v}" for k, v in call.items()))
+@capabilities
+def test_constraints_and_choice(capability, call):
+    tensors = inputs(call["dtype"], call.get("E", 64), call.get("Ev", 64), call.get("grad", False))
+    mask = torch.ones(24, dtype=call["mask"]) if "mask" in call else None
+    p = call.get("p", 0.0)
+    expected = [b for b in DEFAULT if takes(b, capability, **call)]
+    found = explain(*tensors, mask, p, capability=capability)
+    assert [b.backend for b in found.backends] == DEFAULT
+    assert [b.backend for b in found.backends if b.usable] == expected
+    assert found.chosen == expected[0]
+    for backend in DEFAULT:
+        with sdpa_kernel(backend):
+            assert explain(*tensors, mask, p, capability=capability).chosen == (
+                backend if backend in expected else None
+            )
+    params = sdpa.SDPAParams(*tensors, mask, p, capability=capability)
+    assert sdpa.can_use_flash_attention(params) == (FLASH in expected)
+    assert sdpa.can_use_efficient_attention(params) == (EFFICIENT in expected)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 4, 16, 24), (16, 24)], ids=str)
+def test_deterministic_switch_is_a_constraint(mask_shape, deterministic):
+    tensors = inputs(grad=True)
+    mask = None if mask_shape is None else make(*mask_shape)
+    found = explain(*tensors, mask, capability=(9, 0))
+    assert not row(found, FLASH).usable
+    assert row(found, EFFICIENT).usable == (mask_shape != (16, 24))
+    with torch.no_grad():
+        assert row(explain(*tensors, capability=(9, 0)), FLASH).usable
+
+
+def test_cpu_calls_go_to_math():
+    found = explain(*inputs())
+    assert found.chosen == MATH
+    for backend in (FLASH, EFFICIENT):
+        failed = [c for c in row(found, backend).constraints if not c.holds]
+        assert [c.name for c in failed if c.got == "cpu" and c.needs == "cuda" and c.fix]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16, 64), (2, 4, 0, 64), (2, 0, 16, 64), (0, 2, 4, 16, 64), (16, 64)])
+def test_explaining_empty_and_other_ranks(shape):
+    tensors = [torch.empty(shape) for _ in range(3)]
+    assert explain(*tensors).chosen == MATH
+    assert attention(*tensors).shape == shape
+
+
+def test_explanation_data():
+    found = explain(*inputs(SINGLE, E=300), capability=(7, 0))
+    failed = {c.name: c for c in row(found, FLASH).constraints if not c.holds}
+    assert failed["architecture"].got == "sm70" and "sm80" in failed["architecture"].needs
+    assert failed["dtype"].got == "float32" and "float16" in failed["dtype"].needs
+    assert failed["head dims"].got == "E=300, Ev=64" and "128" in failed["head dims"].needs
+    assert all(c.fix for b in found.backends for c in b.constraints)
+    assert found.math_matrix_bytes == 2 * 4 * 16 * 24 * 4
+    assert 0 < found.math_scratch_bytes <= sdpa.math_scratch_limit()
+    assert not row(found, FLASH).kernels
+    assert row(found, EFFICIENT).kernels == ("efficient_forward_sm70_float32_128",)
+    both = row(explain(*inputs(BRAIN, grad=True), capability=(8, 6)), FLASH).kernels
+    assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
+
+
+def test_scratch_of_the_large_call_is_bounded():
+    tensors = [torch.empty(1, 32, 16384, 64, dtype=HALF, device="meta") for _ in range(3)]
+    found = explain(*tensors, capability=(9, 0))
+    assert found.math_matrix_bytes == 32 * 16384 * 16384 * 4
+    assert found.math_scratch_bytes <= sdpa.math_scratch_limit()
+
+
+def test_explanation_prints_a_table():
+    with sdpa_kernel([EFFICIENT, MATH]):
+        found = explain(*inputs(SINGLE, E=300), capability=(7, 0))
+    text = str(found)
+    for part in (
+        "chosen: EFFICIENT_ATTENTION",
+        "FLASH_ATTENTION: disabled",
+        "MATH: usable",
+        "float32",
+        "math's scratch",
+    ):
+        assert part in text
+    for b in found.backends:
+        for c in b.constraints:
+            line = next(n for n in text.splitlines() if c.name in n and n.endswith(f"got {c.got}; needs {c.needs}"))
+            assert line.lstrip().startswith("ok" if c.holds else "FAIL")
+            assert c.holds or c.fix in text
+    with sdpa_kernel([]):
+        assert "No available kernel" in str(explain(*inputs()))
+
+
+def test_nothing_is_printed_unasked(capfd, recwarn):
+    tensors = inputs()
+    attention(*tensors)
+    explain(*tensors)
+    sdpa.can_use_flash_attention(sdpa.SDPAParams(*tensors))
+    with sdpa_kernel([EFFICIENT, MATH]):
+        attention(*tensors)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+# Switches
+
+
+def test_default_order():
+    assert order_now() == DEFAULT
+    assert explain(*inputs(), capability=(9, 0)).chosen == FLASH
+
+
+def test_priority_order():
+    tensors = inputs()
+    with sdpa_kernel([MATH, EFFICIENT, FLASH]):  # not asked to keep the order
+        assert order_now() == DEFAULT
+    with sdpa_kernel([MATH, FLASH], set_priority=True):
+        assert order_now() == [MATH, FLASH]
+        assert explain(*tensors, capability=(9, 0)).chosen == MATH
+        assert [b.backend for b in explain(*tensors, capability=(9, 0)).backends] == [MATH, FLASH, EFFICIENT]
+        sdpa.enable_mem_efficient_sdp(True)
+        assert set(order_now()) == set(DEFAULT)
+        assert [b for b in order_now() if b != EFFICIENT] == [MATH, FLASH]
+
+
+def test_nesting_and_errors():
+    with sdp_kernel(enable_flash=False):
+        assert order_now() == [EFFICIENT, MATH]
+        with pytest.raises(KeyError), sdpa_kernel(FLASH):
+            assert order_now() == [FLASH]
+            raise KeyError
+        assert order_now() == [EFFICIENT, MATH]
+        with sdp_kernel(False, False, False):
+            assert order_now() == []
+        assert order_now() == [EFFICIENT, MATH]
+    assert order_now() == DEFAULT
+
+
+def test_sdp_kernel_by_position():
+    with sdp_kernel(True, False, True):
+        assert order_now() == [FLASH, EFFICIENT]
+
+
+def test_restored_on_early_return_and_closed_generator():
+    def early():
+        with sdpa_kernel(MATH):
+            return order_now()
+
+    def generator():
+        with sdpa_kernel(MATH):
+            yield order_now()
+            yield order_now()
+
+    assert early() == [MATH]
+    steps = generator()
+    assert next(steps) == [MATH]
+    steps.close()
+    assert order_now() == DEFAULT
+
+
+def test_decorator():
+    @sdpa_kernel(MATH)
+    def decorated():
+        return order_now()
+
+    assert [decorated(), decorated()] == [[MATH], [MATH]] and order_now() == DEFAULT
+
+
+def test_switches_belong_to_the_thread():
+    seen = {}
+
+    def other():
+        seen["start"] = order_now()
+        sdpa.enable_flash_sdp(False)
+        seen["end"] = order_now()
+        with pytest.raises(RuntimeError, match="No available kernel"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sdpa.enable_math_sdp(False)
+            attention(*inputs())
+
+    with sdpa_kernel(MATH):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert order_now() == [MATH]
+        attention(*inputs())
+    assert seen == {"start": DEFAULT, "end": [EFFICIENT, MATH]}
+
+
+@pytest.mark.parametrize(
+    "enable, enabled, which",
+    [
+        (sdpa.enable_flash_sdp, sdpa.flash_sdp_enabled, FLASH),
+        (sdpa.enable_mem_efficient_sdp, sdpa.mem_efficient_sdp_enabled, EFFICIENT),
+        (sdpa.enable_math_sdp, sdpa.math_sdp_enabled, MATH),
+    ],
+)
+def test_enable_functions(enable, enabled, which):
+    assert enabled()
+    enable(False)
+    enable(False)
+    assert not enabled() and order_now() == [b for b in DEFAULT if b != which]
+    enable(True)
+    assert enabled() and order_now() == DEFAULT
+
+
+def test_torchs_members_are_taken():
+    theirs = torch.nn.attention.SDPBackend
+    for wanted in (theirs.MATH, [theirs.MATH], (theirs.MATH,), {theirs.MATH}):
+        with sdpa_kernel(wanted):
+            assert order_now() == [MATH]
+    with sdpa_kernel([theirs.EFFICIENT_ATTENTION, MATH]):
+        assert order_now() == [EFFICIENT, MATH]
+    for backend in SDPBackend:
+        assert theirs.__members__[backend.name].value == backend.value
+
+
+@pytest.mark.parametrize(
+    "wanted, text",
+    [
+        (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, "CUDNN_ATTENTION"),
+        ("flash", "'flash'"),
+        ([MATH, 7], "7"),
+        ([MATH, MATH], "twice"),
+    ],
+    ids=str,
+)
+def test_what_is_no_backend(wanted, text):
+    with pytest.raises(ValueError, match=text), sdpa_kernel(wanted):
+        pass
+    assert order_now() == DEFAULT
+
+
+def test_any_iterable_of_backends():
+    with sdpa_kernel(iter([FLASH, MATH])):
+        assert order_now() == [FLASH, MATH]
+
+
+def test_pickle():
+    assert all(pickle.loads(pickle.dumps(member)) is member for member in SDPBackend)
+
+
+@pytest.mark.parametrize("switches", [0x4, 0x11, -1, 0x301])
+def test_bad_switches_of_the_op_are_named(switches):
+    with pytest.raises((ValueError, RuntimeError), match=str(switches)):
+        torch.ops.sdpa.attention_forward(*inputs(), None, 0.0, False, None, False, switches)
+
+
+# Warnings and errors
+
+SM70 = "Flash attention only supports sm80 and newer gpu architectures. Attempting to run on a sm 7.0 gpu."
+
+
+def problem_of(capability, dtype=HALF, **kwargs):
+    return sdpa.SDPAParams(*inputs(dtype), capability=capability, **kwargs).problem()
+
+
+def test_the_seeds_warnings_on_sm70():
+    problem = problem_of((7, 0))
+    with sdp_kernel(enable_flash=True, enable_math=False, enable_mem_efficient=False):
+        switches = sdpa.backends.current_switches()
+    assert sdpa._C.select(problem, switches) == 0
+    assert sdpa._C.reasons(problem, switches)[:4] == [
+        "Memory efficient kernel not used because:",
+        "Memory Efficient attention has been runtime disabled.",
+        "Flash attention kernel not used because:",
+        SM70,
+    ]
+
+
+@capabilities
+def test_warnings_name_the_chip(capability):
+    lines = sdpa._C.reasons(problem_of(capability), 1)
+    sentence = f"Attempting to run on a sm {capability[0]}.{capability[1]} gpu."
+    assert any(sentence in line for line in lines) == (capability < (8, 0))
+
+
+def test_one_warning_for_each_reason():
+    lines = sdpa._C.reasons(problem_of((8, 0), SINGLE, dropout=0.5), 1)
+    flash = lines[lines.index("Flash attention kernel not used because:") + 1 :]
+    flash = flash[: flash.index("Math attention kernel not used because:")]
+    assert len(flash) == 2 and "float32" in flash[0] and "0.5" in flash[1]
+
+
+def test_no_available_kernel(device):
+    tensors = [t.to(device, DOUBLE) for t in inputs()]
+    with (
+        sdpa_kernel([FLASH, EFFICIENT]),
+        pytest.warns(UserWarning) as caught,
+        pytest.raises(RuntimeError, match=r"^No available kernel\. Aborting execution\."),
+    ):
+        attention(*tensors)
+    texts = [str(w.message) for w in caught]
+    for expected in (
+        "Memory efficient kernel not used because:",
+        "Flash attention kernel not used because:",
+        "Math attention has been runtime disabled.",
+        "dtype: got float64",
+    ):
+        assert any(text.startswith(expected) for text in texts), texts
+    assert all(w.category is UserWarning for w in caught)
+
+
+def test_warnings_as_errors_stop():
+    with sdpa_kernel(FLASH), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="kernel not used because"):
+            attention(*inputs())
+
+
+def test_debug_gives_one_backends_reasons():
+    params = sdpa.SDPAParams(*inputs(), capability=(7, 0))
+    with pytest.warns(UserWarning) as caught:
+        assert not sdpa.can_use_flash_attention(params, debug=True)
+    assert [str(w.message) for w in caught] == ["Flash attention kernel not used because:", SM70]
+    with sdp_kernel(enable_mem_efficient=False), pytest.warns(UserWarning) as caught:
+        assert not sdpa.can_use_efficient_attention(params, debug=True)
+    assert [str(w.message) for w in caught] == [
+        "Memory efficient kernel not used because:",
+        "Memory Efficient attention has been runtime disabled.",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sdpa.can_use_efficient_attention(params, debug=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SDPA_FORCE_ARCH concerns CUDA tensors")
+def test_forced_architecture(monkeypatch):
+    tensors = [t.cuda() for t in inputs()]
+    monkeypatch.setenv("SDPA_FORCE_ARCH", "70")
+    assert not row(explain(*tensors), FLASH).usable
+    monkeypatch.setenv("SDPA_FORCE_ARCH", "71")
+    with pytest.raises(RuntimeError, match=r"one of .*70.*; got '71'"):
+        attention(*tensors)
