@@ -185,7 +185,10 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "_C.so", target)
+        # Not over the file itself, which a running process may have mapped.
+        fresh = target.with_suffix(".new")
+        shutil.copy2(build / "_C.so", fresh)
+        os.replace(fresh, target)
         kernels = {row.split("\t")[4] for file in build.rglob("*.kernels") for row in file.read_text().splitlines()}
         info = {
             "torch": torch.__version__,

@@ -56,7 +56,7 @@ def _forward_fake(
     backends: int,
     grad_wanted: bool = False,
     mask_grad_wanted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for name, t in (("key", key), ("value", value), ("attn_mask", attn_mask)):
         if t is not None and t.device != query.device:
             raise RuntimeError(f"query is on {query.device}, {name} on {t.device}")
@@ -67,6 +67,7 @@ def _forward_fake(
     lse_shape = [*lead, query.size(-2)] if grad_wanted else [0]
     return (
         output,
+        query.new_empty(lse_shape, dtype=_accumulation_type(query)),
         query.new_empty(lse_shape, dtype=_accumulation_type(query)),
         query.new_empty([1 if dropout_p > 0 else 0], dtype=torch.int64),
     )
@@ -81,6 +82,7 @@ def _backward_fake(
     attn_mask: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
+    logsumexp_rest: Tensor,
     seed: Tensor,
     dropout_p: float,
     is_causal: bool,
@@ -152,13 +154,13 @@ def _forward_vmap(
     tensors, dims, size = (query, key, value, attn_mask), in_dims[:4], info.batch_size
     rank = _rank(tensors, dims)
     folded = [_fold(t, d, rank, size) for t, d in zip(tensors, dims, strict=True)]
-    output, logsumexp, seed = torch.ops.sdpa.attention_forward(*folded, dropout_p, *rest)
+    output, lse, rest_of_lse, seed = torch.ops.sdpa.attention_forward(*folded, dropout_p, *rest)
     inputs_rank = max(len(_example_shape(t, d)) for t, d in zip(tensors[:3], dims[:3], strict=True) if t is not None)
     output = output.reshape(size, *output.shape[output.dim() - inputs_rank :])
-    if logsumexp.dim() == 1:  # not asked for
-        return (output, logsumexp, seed), (0, None, None)
-    logsumexp = logsumexp.reshape(size, *logsumexp.shape[logsumexp.dim() - inputs_rank + 1 :])
-    return (output, logsumexp, seed), (0, 0, None)
+    if lse.dim() == 1:  # not asked for
+        return (output, lse, rest_of_lse, seed), (0, None, None, None)
+    rows = (size, *lse.shape[lse.dim() - inputs_rank + 1 :])
+    return (output, lse.reshape(rows), rest_of_lse.reshape(rows), seed), (0, 0, 0, None)
 
 
 @_register_vmap("sdpa::attention_backward")
@@ -172,13 +174,14 @@ def _backward_vmap(
     attn_mask: Tensor | None,
     output: Tensor,
     logsumexp: Tensor,
+    logsumexp_rest: Tensor,
     *rest: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     tensors, size = (grad_output, query, key, value, attn_mask, output), info.batch_size
     rank = _rank(tensors, in_dims[:6])
     folded = [_fold(t, d, rank, size) for t, d in zip(tensors, in_dims[:6], strict=True)]
-    lse = _fold(logsumexp, in_dims[6], rank - 1, size)
-    grads = torch.ops.sdpa.attention_backward(*folded, lse, *rest)
+    rows = [_fold(t, d, rank - 1, size) for t, d in zip((logsumexp, logsumexp_rest), in_dims[6:8], strict=True)]
+    grads = torch.ops.sdpa.attention_backward(*folded, *rows, *rest)
     results: list[Tensor] = []
     out_dims: list[int | None] = []
     for grad, t, dim in zip(grads, tensors[1:5], in_dims[1:5], strict=True):

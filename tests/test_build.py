@@ -86,7 +86,7 @@ def test_chips_of_each_path(v, all_paths):
         assert any(runs(code, target) and wants(target) for target in targets), code
 
 
-@pytest.mark.parametrize("chips", [CHIPS, ("8.0", "8.6", "8.9")], ids=str)
+@pytest.mark.parametrize("chips", [CHIPS, ("8.0", "8.6", "8.9"), ("8.0", "8.6+PTX"), ("8.6+PTX", "8.9")], ids=str)
 @pytest.mark.parametrize("all_paths", [False, True])
 def test_no_chip_is_compiled_for_twice(chips, all_paths):
     targets = [variants.Target.parse(text) for text in chips]

@@ -96,9 +96,9 @@ def test_opcheck(device, name, layout):
     torch.library.opcheck(torch.ops.sdpa.attention_forward, (*tensors, mask, *rest), test_utils=tests)
     query, key, value = (t.detach() for t in tensors)
     mask = mask if mask is None else mask.detach()
-    output, lse, seed = torch.ops.sdpa.attention_forward(query, key, value, mask, *rest, True)
+    output, lse, lse_rest, seed = torch.ops.sdpa.attention_forward(query, key, value, mask, *rest, True)
     for wanted in ([True] * 4, [False, True, False, False]):
-        arguments = (torch.randn_like(output), query, key, value, mask, output, lse, seed, *rest, wanted)
+        arguments = (torch.randn_like(output), query, key, value, mask, output, lse, lse_rest, seed, *rest, wanted)
         torch.library.opcheck(
             torch.ops.sdpa.attention_backward, arguments, test_utils=(*tests[:3], "test_aot_dispatch_dynamic")
         )
@@ -558,13 +558,14 @@ def test_backward_in_another_thread(device):
 def test_arguments_of_the_backward_op_are_checked():
     query, key, value = inputs(grad=False)
     rest = (0.0, False, None, False, ALL)
-    output, lse, seed = torch.ops.sdpa.attention_forward(query, key, value, None, *rest, True)
+    output, lse, lse_rest, seed = torch.ops.sdpa.attention_forward(query, key, value, None, *rest, True)
     call = torch.ops.sdpa.attention_backward
     for wrong, text in (
-        ((output[..., :3], output, lse, seed), r"\[2, 4, 5, 8\].*\[2, 4, 5, 3\]"),
-        ((output, output.half(), lse, seed), "Half"),
-        ((output, output, lse[:1], seed), r"\[1, 4, 5\]"),
-        ((output, output, lse, torch.zeros(1, dtype=torch.int64)), r"\[1\].*dropout_p 0"),
+        ((output[..., :3], output, lse, lse_rest, seed), r"\[2, 4, 5, 8\].*\[2, 4, 5, 3\]"),
+        ((output, output.half(), lse, lse_rest, seed), "Half"),
+        ((output, output, lse[:1], lse_rest, seed), r"\[1, 4, 5\]"),
+        ((output, output, lse, lse_rest[:1], seed), r"\[1, 4, 5\]"),
+        ((output, output, lse, lse_rest, torch.zeros(1, dtype=torch.int64)), r"\[1\].*dropout_p 0"),
     ):
         grad_output, *saved = wrong
         with pytest.raises(RuntimeError, match=text):
@@ -634,7 +635,7 @@ def test_same_seed_same_mask_on_every_backend():
 
 def test_seed_of_the_op_is_the_generators(device):
     tensors, expected = inputs(device, grad=False), upcoming_seed(device)
-    _, _, seed = torch.ops.sdpa.attention_forward(*tensors, None, 0.5, False, None, False, ALL)
+    _, _, _, seed = torch.ops.sdpa.attention_forward(*tensors, None, 0.5, False, None, False, ALL)
     assert seed.item() == expected
 
 

@@ -81,7 +81,7 @@ def test_lengths_and_head_dims(device, backend, dtype, dims, is_causal):
 
 
 def test_empty_calls_give_zeros_and_lse_of_nothing(device, backend):
-    output, lse, _ = all_of(backend, *inputs(device, S=0, grad=False))
+    output, lse, *_ = all_of(backend, *inputs(device, S=0, grad=False))
     assert (output == 0).all() and output.shape == (2, 3, 5, 8)
     assert (lse == -INF).all() and lse.shape == (2, 3, 5)
 
@@ -171,7 +171,7 @@ def test_rows_with_nothing_to_attend_to(device, backend, dtype, kind, rows):
     if kind != "bool":
         assert (grad_last[rows] == 0).all()
     with torch.no_grad():
-        _, lse, _ = all_of(backend, query, key, value, mask)
+        _, lse, *_ = all_of(backend, query, key, value, mask)
         _, expected = formula(query.double(), key.double(), value.double(), mask if kind == "bool" else mask.double())
     assert torch.equal(lse == -INF, expected == -INF) and (lse[:, :, rows] == -INF).all()
 
@@ -194,7 +194,7 @@ def test_rows_of_lowest_finite_values_are_uniform(device, backend, dtype, kind, 
 def test_lse_is_natural_log_in_float32(device, backend, dtype):
     query, key, value = inputs(device, dtype, L=33, S=65, grad=False)
     for kwargs in ({}, {"is_causal": True}, {"scale": -0.3}, {"attn_mask": mask_of(SINGLE, (33, 65), device).detach()}):
-        _, lse, _ = all_of(backend, query, key, value, **kwargs)
+        _, lse, *_ = all_of(backend, query, key, value, **kwargs)
         double = {k: v.double() if torch.is_tensor(v) else v for k, v in kwargs.items()}
         _, expected = formula(query.double(), key.double(), value.double(), **double)
         _, near = formula(query.float(), key.float(), value.float(), **kwargs)
@@ -545,7 +545,7 @@ def test_math_scratch_limit_changes_no_answer(device, limit, is_causal):
         assert sdpa.math_scratch_limit() == limit
         check(SDPBackend.MATH, *args, mask, **kwargs)
         row_of_scores = 2 * 29  # of the heads that share a key head: always allowed
-        assert sdpa.explain(*args, mask, **kwargs).math_scratch_bytes <= max(limit, row_of_scores * 16)
+        assert sdpa.explain(*args, mask, **kwargs).math_scratch_bytes <= max(limit, row_of_scores * 20)
     finally:
         sdpa.set_math_scratch_limit(before)
 

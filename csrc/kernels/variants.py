@@ -79,15 +79,15 @@ class Target:
 def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list[Target]:
     """The chips for which this code path is compiled: those whose newest path it is, or all that can run it."""
     paths = {v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)}
-    chosen = []
+    chosen: dict[tuple[int, str], Target] = {}
     for target in targets:
         usable = [p for p in paths if p <= target.capability]
         too_old_for_dtype = variant.dtype == "bfloat16" and target.capability < 80
         if usable and not too_old_for_dtype and (variant.path == max(usable) or (all_paths and variant.path in usable)):
             code = machine_code_for(variant.path, target)
-            if code not in chosen:
-                chosen.append(code)
-    return chosen
+            same = chosen.get((code.capability, code.suffix), code)
+            chosen[code.capability, code.suffix] = Target(code.capability, code.suffix, code.ptx or same.ptx)
+    return list(chosen.values())
 
 
 def machine_code_for(path: int, target: Target) -> Target:

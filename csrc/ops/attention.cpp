@@ -46,13 +46,14 @@ Operand operand(const Tensor& t) {
 }
 
 void fill(ForwardParams& params, const Call& call, const Problem& problem, const Tensor& output,
-          const Tensor& logsumexp) {
+          const Tensor& logsumexp, const Tensor& logsumexp_rest) {
   params.query = operand(call.query);
   params.key = operand(call.key);
   params.value = operand(call.value);
   params.output = operand(output);
   params.attn_mask = operand(call.attn_mask);
   params.logsumexp = logsumexp.defined() ? logsumexp.data_ptr<float>() : nullptr;
+  params.logsumexp_rest = logsumexp_rest.defined() ? logsumexp_rest.data_ptr<float>() : nullptr;
   params.B = problem.B;
   params.H = problem.H;
   params.L = problem.L;
@@ -76,16 +77,17 @@ const Variant& variant_of(Backend backend, bool backward, const Problem& problem
 }
 
 void kernel_forward(Backend backend, const Call& call, const Problem& problem, const Tensor& output,
-                    const Tensor& logsumexp) {
+                    const Tensor& logsumexp, const Tensor& logsumexp_rest) {
   ForwardParams params;
-  fill(params, call, problem, output, logsumexp);
+  fill(params, call, problem, output, logsumexp, logsumexp_rest);
   C10_CUDA_CHECK(variant_of(backend, false, problem).launch_forward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 void kernel_backward(Backend backend, const Call& call, const Problem& problem, const Tensor& grad_output,
-                     const Tensor& output, const Tensor& logsumexp, const Gradients& grads) {
+                     const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest,
+                     const Gradients& grads) {
   BackwardParams params;
-  fill(params, call, problem, output, logsumexp);
+  fill(params, call, problem, output, logsumexp, logsumexp_rest);
   params.grad_output = operand(grad_output);
   params.grad_query = operand(grads.query);
   params.grad_key = operand(grads.key);
@@ -127,48 +129,58 @@ at::ScalarType lse_type(const Tensor& query) {
 Tensor with_column(const Tensor& t) {
   return t.defined() ? t.unsqueeze(-1) : t;
 }
+Tensor without_column(const Tensor& t) {
+  return t.defined() ? t.squeeze(-1) : t;
+}
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                     const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
-                                                     std::optional<double> scale, bool enable_gqa, int64_t backends,
-                                                     bool grad_wanted, bool mask_grad_wanted) {
+Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                          double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                          int64_t backends, bool grad_wanted, bool mask_grad_wanted) {
   const Arguments args = arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
   const Inputs in = check(args);
   const c10::OptionalDeviceGuard guard(query.device());
   Tensor output = empty_in_layout_of(query, in.shape({in.L, in.Ev}));
   Tensor logsumexp =
       at::empty(grad_wanted ? in.shape({in.L}) : std::vector<int64_t>{0}, query.options().dtype(lse_type(query)));
+  Tensor logsumexp_rest = at::empty(logsumexp.sizes(), logsumexp.options());
   Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
   if (dropout_p > 0) seed.random_();
   if (in.empty() || in.S == 0) {
     output.zero_();
     logsumexp.fill_(-std::numeric_limits<double>::infinity());
-    return {output, logsumexp, seed};
+    logsumexp_rest.zero_();
+    return {output, logsumexp, logsumexp_rest, seed};
   }
   const Tensor lse = grad_wanted ? logsumexp : Tensor();
+  const Tensor lse_rest = grad_wanted ? logsumexp_rest : Tensor();
   const auto step = [&](const FourDims& t, int64_t first_batch_head) {
     const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
     const Problem problem = describe(call, {grad_wanted, mask_grad_wanted});
     const Backend backend = choose(problem, backends);
-    const Tensor rows = t[5].defined() ? t[5].squeeze(3) : Tensor();
+    const Tensor rows = without_column(t[5]);
+    const Tensor rows_rest = without_column(t[6]);
+    if (rows_rest.defined() && backend != Backend::kEfficient) rows_rest.zero_();
     if (backend == Backend::kMath) {
       math_forward(call, t[4], rows);
       return;
     }
 #if defined(SDPA_WITH_CUDA)
-    kernel_forward(backend, call, problem, t[4], rows);
+    kernel_forward(backend, call, problem, t[4], rows, rows_rest);
 #endif
   };
-  for_each_4d({in.query, in.key, in.value, in.attn_mask, output, with_column(lse)}, 0, step);
-  return {output, logsumexp, seed};
+  for_each_4d({in.query, in.key, in.value, in.attn_mask, output, with_column(lse), with_column(lse_rest)}, 0, step);
+  return {output, logsumexp, logsumexp_rest, seed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query,
+                                                              const Tensor& key, const Tensor& value,
+                                                              const MaybeTensor& attn_mask, const Tensor& output,
+                                                              const Tensor& logsumexp, const Tensor& logsumexp_rest,
+                                                              const Tensor& seed, double dropout_p, bool is_causal,
+                                                              std::optional<double> scale, bool enable_gqa,
+                                                              int64_t backends, std::array<bool, 4> wanted) {
   const Arguments args = arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa);
   const Inputs in = check(args);
   const auto full = in.shape({in.L, in.Ev});
@@ -182,6 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
               "sdpa::attention_backward: logsumexp must be ", lse_type(query), " of shape ",
               at::IntArrayRef(in.shape({in.L})), " (attention_forward gives it with grad_wanted=True), got ",
               logsumexp.scalar_type(), " ", logsumexp.sizes());
+  TORCH_CHECK(logsumexp_rest.sizes().equals(logsumexp.sizes()) && logsumexp_rest.scalar_type() == lse_type(query),
+              "sdpa::attention_backward: logsumexp_rest must be like logsumexp, ", logsumexp.sizes(), ", got ",
+              logsumexp_rest.scalar_type(), " ", logsumexp_rest.sizes());
   TORCH_CHECK(seed.numel() == (dropout_p > 0 ? 1 : 0) && seed.scalar_type() == at::kLong,
               "sdpa::attention_backward: seed must be the int64 tensor that attention_forward gave, got ",
               seed.scalar_type(), " ", seed.sizes(), " with dropout_p ", dropout_p);
@@ -210,19 +225,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
       const Problem problem = describe(call, {true, wanted[3]});
       const Backend backend = choose(problem, backends);
-      const Gradients gradients{t[7], t[8], t[9], t[10]};
-      const Tensor rows = t[6].squeeze(3);
+      const Gradients gradients{t[8], t[9], t[10], t[11]};
+      const Tensor rows = without_column(t[6]);
+      const Tensor rows_rest = without_column(t[7]);
       if (backend == Backend::kMath) {
-        math_backward(call, t[4], t[5], rows, gradients);
+        math_backward(call, t[4], rows, gradients);
         return;
       }
 #if defined(SDPA_WITH_CUDA)
-      kernel_backward(backend, call, problem, t[4], t[5], rows, gradients);
+      kernel_backward(backend, call, problem, t[4], t[5], rows, rows_rest, gradients);
 #endif
     };
     const Tensor full_mask_grad = grad_mask.defined() ? grad_mask.expand(in.shape({in.L, in.S})) : Tensor();
-    for_each_4d({in.query, in.key, in.value, in.attn_mask, grad_output, output, with_column(logsumexp), grads[0],
-                 grads[1], grads[2], full_mask_grad},
+    for_each_4d({in.query, in.key, in.value, in.attn_mask, grad_output, output, with_column(logsumexp),
+                 with_column(logsumexp_rest), grads[0], grads[1], grads[2], full_mask_grad},
                 0, step);
   }
   const auto finish = [&](int i) {

@@ -11,28 +11,34 @@ namespace sdpa {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Below autograd: checks, chooses a backend among `backends`, runs it. Returns output, logsumexp (N..., H, L) float32
-// (empty unless grad_wanted), seed (one int64 if dropout_p > 0, else empty).
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                     const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
-                                                     std::optional<double> scale, bool enable_gqa, int64_t backends,
-                                                     bool grad_wanted, bool mask_grad_wanted);
+// output; logsumexp (N..., H, L) float32, natural log, and logsumexp_rest, what rounding took from it (params.h), both
+// empty unless grad_wanted; seed, one int64 if dropout_p > 0, else empty.
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Below autograd: checks, chooses a backend among `backends`, runs it.
+Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                          double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                          int64_t backends, bool grad_wanted, bool mask_grad_wanted);
 
 // Gradients of query, key, value, attn_mask; empty where `wanted` (four bools) says no.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output, const Tensor& query,
+                                                              const Tensor& key, const Tensor& value,
+                                                              const MaybeTensor& attn_mask, const Tensor& output,
+                                                              const Tensor& logsumexp, const Tensor& logsumexp_rest,
+                                                              const Tensor& seed, double dropout_p, bool is_causal,
+                                                              std::optional<double> scale, bool enable_gqa,
+                                                              int64_t backends, std::array<bool, 4> wanted);
 
 // The same through the dispatcher, autograd and all.
-std::tuple<Tensor, Tensor, Tensor> call_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                          const MaybeTensor& attn_mask, double dropout_p,
-                                                          bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                                          int64_t backends, bool grad_wanted, bool mask_grad_wanted);
+Forward call_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
+                               std::optional<double> scale, bool enable_gqa, int64_t backends, bool grad_wanted,
+                               bool mask_grad_wanted);
 std::tuple<Tensor, Tensor, Tensor, Tensor> call_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted);
+    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest,
+    const Tensor& seed, double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+    int64_t backends, std::array<bool, 4> wanted);
 
 // What users call; takes the calling thread's switches.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,

@@ -42,7 +42,7 @@ auto pointer_to(N* node) {
 }
 
 struct AttentionBackward final : torch::autograd::Node {
-  SavedVariable query, key, value, attn_mask, output, logsumexp, seed;
+  SavedVariable query, key, value, attn_mask, output, logsumexp, logsumexp_rest, seed;
   double dropout_p = 0;
   bool is_causal = false;
   std::optional<double> scale;
@@ -53,7 +53,8 @@ struct AttentionBackward final : torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&query, &key, &value, &attn_mask, &output, &logsumexp, &seed}) saved->reset_data();
+    for (SavedVariable* saved : {&query, &key, &value, &attn_mask, &output, &logsumexp, &logsumexp_rest, &seed})
+      saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -64,10 +65,10 @@ struct AttentionBackward final : torch::autograd::Node {
     std::array<bool, 4> wanted{};
     for (size_t i = 0; i < 4; ++i) wanted[i] = task_should_compute_output(i);
     const Tensor mask = attn_mask.unpack();
-    const auto all = call_attention_backward(grad, query.unpack(), key.unpack(), value.unpack(),
-                                             mask.defined() ? MaybeTensor(mask) : std::nullopt,
-                                             output.unpack(pointer_to(this)), logsumexp.unpack(), seed.unpack(),
-                                             dropout_p, is_causal, scale, enable_gqa, backends, wanted);
+    const auto all = call_attention_backward(
+        grad, query.unpack(), key.unpack(), value.unpack(), mask.defined() ? MaybeTensor(mask) : std::nullopt,
+        output.unpack(pointer_to(this)), logsumexp.unpack(), logsumexp_rest.unpack(), seed.unpack(), dropout_p,
+        is_causal, scale, enable_gqa, backends, wanted);
     if (wanted[0]) result[0] = std::get<0>(all);
     if (wanted[1]) result[1] = std::get<1>(all);
     if (wanted[2]) result[2] = std::get<2>(all);
@@ -90,10 +91,9 @@ double scale_of(const Tensor& query, std::optional<double> scale) {
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(query.size(-1), 1))));
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                    const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
-                                                    std::optional<double> scale, bool enable_gqa, int64_t backends,
-                                                    bool grad_wanted, bool mask_grad_wanted) {
+Forward forward_autograd(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                         double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                         int64_t backends, bool grad_wanted, bool mask_grad_wanted) {
   const Tensor mask = attn_mask.value_or(Tensor());
   if (has_tangent(query, key, value, mask)) {
     need_math(backends, "forward-mode AD");
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& query, const T
     if (dropout_p > 0) seed.random_();
     const auto [output, lse] =
         differentiable_forward(query, key, value, mask, dropout_p, is_causal, scale_of(query, scale), enable_gqa, seed);
-    return {output, lse, seed};
+    return {output, lse, at::zeros_like(lse), seed};
   }
   if (!torch::autograd::compute_requires_grad(query, key, value, mask)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -120,24 +120,28 @@ std::tuple<Tensor, Tensor, Tensor> forward_autograd(const Tensor& query, const T
   node->scale = scale;
   node->enable_gqa = enable_gqa;
   node->backends = backends;
-  std::tuple<Tensor, Tensor, Tensor> result;
+  Forward result;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     result = call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backends,
                                     true, mask.defined() && mask.requires_grad());
   }
-  auto& [output, lse, seed] = result;
+  auto& [output, lse, lse_rest, seed] = result;
   torch::autograd::set_history(output, node);
   node->output = SavedVariable(output, true);
   node->logsumexp = SavedVariable(lse, false);
+  node->logsumexp_rest = SavedVariable(lse_rest, false);
   node->seed = SavedVariable(seed, false);
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(
-    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(const Tensor& grad_output, const Tensor& query,
+                                                             const Tensor& key, const Tensor& value,
+                                                             const MaybeTensor& attn_mask, const Tensor& output,
+                                                             const Tensor& logsumexp, const Tensor& logsumexp_rest,
+                                                             const Tensor& seed, double dropout_p, bool is_causal,
+                                                             std::optional<double> scale, bool enable_gqa,
+                                                             int64_t backends, std::array<bool, 4> wanted) {
   const Tensor mask = attn_mask.value_or(Tensor());
   if (torch::autograd::compute_requires_grad(grad_output, query, key, value, mask) ||
       has_tangent(grad_output, query, key, value, mask)) {
@@ -152,15 +156,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(
     return grads;
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_attention_backward(grad_output, query, key, value, attn_mask, output, logsumexp, seed, dropout_p,
-                                 is_causal, scale, enable_gqa, backends, wanted);
+  return call_attention_backward(grad_output, query, key, value, attn_mask, output, logsumexp, logsumexp_rest, seed,
+                                 dropout_p, is_causal, scale, enable_gqa, backends, wanted);
 }
 
 // As torch's own: query, key and value in autocast's dtype. A float mask may have any dtype and stays what it is.
-std::tuple<Tensor, Tensor, Tensor> forward_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                    const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
-                                                    std::optional<double> scale, bool enable_gqa, int64_t backends,
-                                                    bool grad_wanted, bool mask_grad_wanted) {
+Forward forward_autocast(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                         double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+                         int64_t backends, bool grad_wanted, bool mask_grad_wanted) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
   const auto device = query.device().type();
   const auto type = at::autocast::get_autocast_dtype(device);

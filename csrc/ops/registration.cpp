@@ -7,10 +7,10 @@
 
 namespace sdpa {
 
-std::tuple<Tensor, Tensor, Tensor> call_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                          const MaybeTensor& attn_mask, double dropout_p,
-                                                          bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                                          int64_t backends, bool grad_wanted, bool mask_grad_wanted) {
+Forward call_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const MaybeTensor& attn_mask, double dropout_p, bool is_causal,
+                               std::optional<double> scale, bool enable_gqa, int64_t backends, bool grad_wanted,
+                               bool mask_grad_wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("sdpa::attention_forward", "")
                              .typed<decltype(attention_forward)>();
@@ -20,13 +20,14 @@ std::tuple<Tensor, Tensor, Tensor> call_attention_forward(const Tensor& query, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> call_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends, std::array<bool, 4> wanted) {
+    const MaybeTensor& attn_mask, const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest,
+    const Tensor& seed, double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
+    int64_t backends, std::array<bool, 4> wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("sdpa::attention_backward", "")
                              .typed<decltype(attention_backward)>();
-  return op.call(grad_output, query, key, value, attn_mask, output, logsumexp, seed, dropout_p, is_causal, scale,
-                 enable_gqa, backends, wanted);
+  return op.call(grad_output, query, key, value, attn_mask, output, logsumexp, logsumexp_rest, seed, dropout_p,
+                 is_causal, scale, enable_gqa, backends, wanted);
 }
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
@@ -45,12 +46,13 @@ TORCH_LIBRARY(sdpa, m) {
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
       "float? scale, bool enable_gqa, int backends, bool grad_wanted=False, bool mask_grad_wanted=False) -> "
-      "(Tensor output, Tensor logsumexp, Tensor seed)",
+      "(Tensor output, Tensor logsumexp, Tensor logsumexp_rest, Tensor seed)",
       compiled);
   m.def(
       "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor "
       "output, "
-      "Tensor logsumexp, Tensor seed, float dropout_p, bool is_causal, float? scale, bool enable_gqa, int backends, "
+      "Tensor logsumexp, Tensor logsumexp_rest, Tensor seed, float dropout_p, bool is_causal, float? scale, bool "
+      "enable_gqa, int backends, "
       "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides});
   // A call that the compiler sees at trace time, so that torch.ops.sdpa.attention under a context manager inside a
