@@ -25,6 +25,6 @@ $(BIN)/python:
 
 install: $(BIN)/python
 	$(BIN)/pip install -q 'torch>=2.8' 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja
-	$(BIN)/pip install -q --no-deps 'nvidia-cutlass>=4.2'
+	@! command -v nvcc >/dev/null || $(BIN)/pip install -q 'nvidia-cutlass>=4.2'
 	$(BIN)/pip install -q --no-build-isolation -e '.[test,bench]'
 	$(BIN)/python -m sdpa

@@ -141,6 +141,10 @@ def find_cutlass() -> tuple[Path, str]:
 
 
 class CMakeBuild(build_ext):
+    def copy_extensions_to_source(self) -> None:  # of an editable install
+        super().copy_extensions_to_source()
+        (ROOT / "sdpa" / "_build_info.py").write_text(self.build_info)
+
     def build_extension(self, ext: Extension) -> None:
         start = time.monotonic()
         use_installed_torch()
@@ -200,9 +204,8 @@ class CMakeBuild(build_ext):
             "note": "" if isinstance(found, Cuda) else found,
         }
         lines = [f"{key} = {value!r}" for key, value in info.items()]
-        (target.parent / "_build_info.py").write_text(
-            '"""What setup.py built; written by it."""\n\n' + "\n".join(lines) + "\n"
-        )
+        self.build_info = '"""What setup.py built; written by it."""\n\n' + "\n".join(lines) + "\n"
+        (target.parent / "_build_info.py").write_text(self.build_info)
         width = max(map(len, info))
         say("built\n" + "\n".join(f"  {key:<{width}}  {value}" for key, value in info.items() if value != ""))
 

@@ -44,10 +44,15 @@ VARIANTS = [
     for dtype in ("float16", "bfloat16")
     for head_dim in (32, 64, 128)
 ] + [
-    Variant("efficient", direction, 70, dtype, head_dim)
+    Variant("efficient", direction, path, dtype, head_dim)
     for direction in ("forward", "backward")
-    for dtype in ("float32", "float16", "bfloat16")
-    for head_dim in (64, 128)
+    for path, dtypes, head_dims in (
+        (70, ("float32", "float16"), (64, 128)),
+        (75, ("float32", "float16"), (64,)),  # 64 KB of shared memory
+        (80, ("float32", "float16", "bfloat16"), (64, 128)),
+    )
+    for dtype in dtypes
+    for head_dim in head_dims
 ]
 
 
@@ -82,8 +87,7 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
     chosen: dict[tuple[int, str], Target] = {}
     for target in targets:
         usable = [p for p in paths if p <= target.capability]
-        too_old_for_dtype = variant.dtype == "bfloat16" and target.capability < 80
-        if usable and not too_old_for_dtype and (variant.path == max(usable) or (all_paths and variant.path in usable)):
+        if usable and (variant.path == max(usable) or (all_paths and variant.path in usable)):
             code = machine_code_for(variant.path, target)
             same = chosen.get((code.capability, code.suffix), code)
             chosen[code.capability, code.suffix] = Target(code.capability, code.suffix, code.ptx or same.ptx)
