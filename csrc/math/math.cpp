@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
@@ -58,7 +59,9 @@ void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step ste
   // the columns.
   const int64_t causal_rows = std::max<int64_t>((shape.L + 7) / 8, std::min<int64_t>(shape.L, 128));
   const int64_t most_rows = call.is_causal ? causal_rows : shape.L;
-  const int64_t rows = std::clamp<int64_t>(budget / (shape.group * shape.S), 1, most_rows);
+  // On the CPU a head for each thread before more rows.
+  const int64_t least_heads = call.query.is_cuda() ? 1 : std::min<int64_t>(at::get_num_threads(), shape.key_heads);
+  const int64_t rows = std::clamp<int64_t>(budget / (least_heads * shape.group * shape.S), 1, most_rows);
   // Folding several batches or heads into one product would copy keys that are broadcast over them.
   const auto broadcast = [&](int64_t dim) { return call.key.stride(dim) == 0 || call.value.stride(dim) == 0; };
   int64_t heads = std::clamp<int64_t>(budget / (shape.group * rows * shape.S), 1, shape.key_heads);
@@ -117,6 +120,11 @@ Tensor mask_chunk(const Tensor& mask, const Chunk& c, int64_t group) {
   return cut(cut(t, 2, c.row, c.rows), 3, 0, c.columns);
 }
 
+// A batch of one keeps a single core busy on the CPU, a plain matrix product all of them.
+bool one_on_cpu(const Tensor& a) {
+  return a.is_cpu() && a.size(0) == 1;
+}
+
 // scale * a @ b in the accumulation dtype. float16 and bfloat16 stay what they are on the GPU, where tensor cores
 // accumulate in float32; on the CPU they come here converted.
 Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
@@ -125,6 +133,7 @@ Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
     return at::baddbmm(none, a, b, at::kFloat, /*beta=*/0, /*alpha=*/scale);
   }
   const Tensor none = at::empty({1, 1, 1}, a.options());
+  if (one_on_cpu(a)) return at::addmm(none[0], a[0], b[0], /*beta=*/0, /*alpha=*/scale).unsqueeze(0);
   return at::baddbmm(none, a, b, /*beta=*/0, /*alpha=*/scale);
 }
 
@@ -132,6 +141,8 @@ Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
 void add_product(const Tensor& sum, const Tensor& a, const Tensor& b, double scale = 1) {
   if (low_precision(a)) {
     sum.add_(product(a, b, scale));
+  } else if (one_on_cpu(a)) {
+    sum[0].addmm_(a[0], b[0], /*beta=*/1, /*alpha=*/scale);
   } else {
     Tensor out = sum;
     at::baddbmm_out(out, sum, a, b, /*beta=*/1, /*alpha=*/scale);
@@ -218,7 +229,7 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
           probs.mul_(keep_of(call, c, shape)).mul_(dropout_rescale(call.dropout_p));
         }
         const int64_t heads = c.batches * c.key_heads;
-        Tensor out = at::bmm(probs.view({heads, shape.group * c.rows, c.columns}).to(type), value)
+        Tensor out = product(probs.view({heads, shape.group * c.rows, c.columns}).to(type), value)
                          .view({c.batches, c.key_heads * shape.group, c.rows, output.size(3)});
         if (mask.defined()) out.masked_fill_(highest == kNegInf, 0);
         query_view(output, c, shape.group).copy_(out);
