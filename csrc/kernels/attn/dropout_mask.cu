@@ -1,6 +1,5 @@
 // The dropout mask as a tensor, for the math backend, which multiplies by it. Every other backend draws it in place.
 
-
 #include <cuda_runtime.h>
 
 #include "attn/dropout.h"
@@ -25,8 +24,8 @@ static __global__ void dropout_mask_kernel(uint8_t* keep, int64_t first_batch_he
 
 // keep[bh, row, col], contiguous, becomes 1 where dropout keeps score (first_row + row, col) of
 // first_batch_head + bh, 0 elsewhere.
-cudaError_t dropout_mask(uint8_t* keep, int64_t first_batch_head, int64_t batch_heads, int64_t first_row,
-                                int64_t rows, int64_t S, float p, const int64_t* seed, cudaStream_t stream) {
+cudaError_t dropout_mask(uint8_t* keep, int64_t first_batch_head, int64_t batch_heads, int64_t first_row, int64_t rows,
+                         int64_t S, float p, const int64_t* seed, cudaStream_t stream) {
   constexpr int64_t kMostBlocks = 1 << 16;  // the kernel loops over the rest
   const int64_t count = batch_heads * rows * S;
   if (count == 0) return cudaSuccess;

@@ -44,10 +44,10 @@ struct ForwardParams {
 struct BackwardParams : ForwardParams {
   Operand grad_output;  // (B, H, L, Ev)
   // Gradients. data == nullptr: not wanted.
-  Operand grad_query;          // (B, H, L, E)
-  Operand grad_key;            // (B, H / group, S, E)
-  Operand grad_value;          // (B, H / group, S, Ev)
-  float* grad_mask = nullptr;  // float32; zeroed by the caller and added to, through grad_mask_stride
+  Operand grad_query;                          // (B, H, L, E)
+  Operand grad_key;                            // (B, H / group, S, E)
+  Operand grad_value;                          // (B, H / group, S, Ev)
+  float* grad_mask = nullptr;                  // float32; zeroed by the caller and added to, through grad_mask_stride
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
   float* delta = nullptr;                      // scratch (B, H, L): rowsum(grad_output * output)
   float* grad_query_accum = nullptr;  // scratch (B, H, L, E) contiguous, zeroed by the caller; only if asked for
