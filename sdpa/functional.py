@@ -46,7 +46,7 @@ def scaled_dot_product_attention(
     """
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        result: Tensor = handle_torch_function(
             scaled_dot_product_attention,
             tensors,
             query,
@@ -58,6 +58,7 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+        return result
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.sdpa.attention_forward(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches()
