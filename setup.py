@@ -5,6 +5,7 @@ Environment: SDPA_CUDA=auto|1|0, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, SDPA
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -128,6 +129,15 @@ def find_cuda(torch: object) -> Cuda | str:
     return Cuda(home, version, archs or all_archs(version), found[0])
 
 
+def tool(name: str, folder: str) -> str:
+    """The Python package's program, which is on PATH only in an activated environment, else the system's."""
+    if importlib.util.find_spec(name):
+        return str(Path(getattr(importlib.import_module(name), folder)) / name)
+    if found := shutil.which(name):
+        return found
+    raise SystemExit(f"sdpa: there is no {name}: pip install {name}")
+
+
 def find_cutlass() -> tuple[Path, str]:
     spec = importlib.util.find_spec("cutlass_library")
     if spec is None or spec.origin is None:
@@ -181,11 +191,12 @@ class CMakeBuild(build_ext):
                 "CMAKE_CUDA_COMPILER": str(cuda.home / "bin" / "nvcc"),
             }
         build.mkdir(parents=True, exist_ok=True)
-        generator = ["-G", "Ninja"]
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), *generator]
+        cmake = tool("cmake", "CMAKE_BIN_DIR")
+        options["CMAKE_MAKE_PROGRAM"] = tool("ninja", "BIN_DIR")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
