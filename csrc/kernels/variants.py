@@ -47,9 +47,9 @@ VARIANTS = [
     Variant("efficient", direction, path, dtype, head_dim)
     for direction in ("forward", "backward")
     for path, dtypes, head_dims in (
-        (70, ("float32", "float16"), (64, 128)),
+        (70, ("float32", "float16"), (32, 64, 128)),
         (75, ("float32", "float16"), (64,)),  # 64 KB of shared memory
-        (80, ("float32", "float16", "bfloat16"), (64, 128)),
+        (80, ("float32", "float16", "bfloat16"), (32, 64, 128)),
     )
     for dtype in dtypes
     for head_dim in head_dims

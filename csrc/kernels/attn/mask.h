@@ -39,28 +39,22 @@ struct Mask {
     return kind == MaskKind::kNone && query_end <= L && key_end <= S && !(is_causal && key_end - 1 > query_begin);
   }
 
-  // Calls f(bias) once; bias(query, key) is what is added to that score. It is -inf for a score that takes no part: one
-  // masked out, outside causality or outside L x S. The kind is looked at out here, so that loads in a loop inside f
-  // can be in flight together.
+  // Calls f(bias) once; bias(query, key) is what is added to the scores of that query with keys key .. key + 3, where
+  // key is a multiple of four. It is -inf for a score that takes no part: one masked out, outside causality or outside
+  // L x S. The kind is looked at out here, so that loads in a loop inside f can be in flight together.
   template <class F>
   __device__ __forceinline__ void read(F f) const {
     switch (kind) {
       case MaskKind::kNone:
-        return f([this](int query, int key) { return sees(query, key) ? 0.f : -INFINITY; });
+        return f([this](int query, int key) { return seen(query, key, 0.f, 0.f, 0.f, 0.f); });
       case MaskKind::kBool:
-        return f([this](int query, int key) {
-          return sees(query, key) && entry<uint8_t>(query, key) != 0 ? 0.f : -INFINITY;
-        });
+        return read_entries<uint8_t>(f);
       case MaskKind::kFloat16:
-        return f([this](int query, int key) {
-          return sees(query, key) ? __half2float(entry<__half>(query, key)) : -INFINITY;
-        });
+        return read_entries<__half>(f);
       case MaskKind::kBFloat16:
-        return f([this](int query, int key) {
-          return sees(query, key) ? __bfloat162float(entry<__nv_bfloat16>(query, key)) : -INFINITY;
-        });
+        return read_entries<__nv_bfloat16>(f);
       case MaskKind::kFloat32:
-        return f([this](int query, int key) { return sees(query, key) ? entry<float>(query, key) : -INFINITY; });
+        return read_entries<float>(f);
       default:
         return;  // kFloat64 is the math backend's alone
     }
@@ -74,9 +68,46 @@ struct Mask {
     return kind == MaskKind::kFloat32 ? 4 : kind == MaskKind::kBool ? 1 : 2;
   }
   __device__ bool sees(int query, int key) const { return query < L && key < S && !(is_causal && key > query); }
+  __device__ float4 seen(int query, int key, float x, float y, float z, float w) const {
+    return {sees(query, key) ? x : -INFINITY, sees(query, key + 1) ? y : -INFINITY,
+            sees(query, key + 2) ? z : -INFINITY, sees(query, key + 3) ? w : -INFINITY};
+  }
+
+  __device__ static float bias_of(uint8_t keep) { return keep != 0 ? 0.f : -INFINITY; }
+  __device__ static float bias_of(__half x) { return __half2float(x); }
+  __device__ static float bias_of(__nv_bfloat16 x) { return __bfloat162float(x); }
+  __device__ static float bias_of(float x) { return x; }
+
   template <class M>
-  __device__ M entry(int query, int key) const {
-    return static_cast<const M*>(data)[query * query_stride + key * key_stride];
+  struct alignas(4 * sizeof(M)) Entries {
+    M at[4];
+  };
+
+  // Four entries at once where they stand side by side and aligned, one after the other elsewhere.
+  template <class M, class F>
+  __device__ __forceinline__ void read_entries(F f) const {
+    const M* const first = static_cast<const M*>(data);
+    const auto biases = [this](int query, int key, const Entries<M>& e) {
+      return seen(query, key, bias_of(e.at[0]), bias_of(e.at[1]), bias_of(e.at[2]), bias_of(e.at[3]));
+    };
+    if (key_stride == 1 && query_stride % 4 == 0 && S % 4 == 0 &&
+        reinterpret_cast<uintptr_t>(data) % sizeof(Entries<M>) == 0) {
+      f([=, this](int query, int key) {
+        Entries<M> e = {};
+        if (query < L && key < S) e = *reinterpret_cast<const Entries<M>*>(first + query * query_stride + key);
+        return biases(query, key, e);
+      });
+    } else {
+      f([=, this](int query, int key) {
+        const M* const source = first + query * query_stride + key * key_stride;
+        Entries<M> e = {};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (query < L && key + n < S) e.at[n] = source[n * key_stride];
+        }
+        return biases(query, key, e);
+      });
+    }
   }
 };
 

@@ -10,6 +10,8 @@
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
+#include "in_flight.h"
+#include "statistics.h"
 #include "tile.h"
 
 namespace sdpa {
@@ -19,37 +21,28 @@ namespace efficient {
 constexpr int kDeltaThreads = 128;
 constexpr int kDeltaLanes = 8;  // that share a row
 
+// Adds up in the order in which dP is: where one key has all of a row's probability, dP - delta is then exactly 0.
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(const __grid_constant__ BackwardParams p) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / kDeltaLanes;
   const int lane = threadIdx.x % kDeltaLanes;
   const bool is_inside = row < p.B * p.H * p.L;
+  const int64_t some_row = is_inside ? row : 0;  // all lanes of the warp take part
+  const int64_t head_index = some_row / p.L, b = head_index / p.H, h = head_index % p.H;
+  const int query = static_cast<int>(some_row % p.L);
+  const auto output = Matrix<const T>::of(p.output, b, h, p.L, p.Ev);
+  const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
   float sum = 0.f;
-  if (is_inside) {
-    const int64_t head_index = row / p.L, b = head_index / p.H, h = head_index % p.H;
-    const int query = static_cast<int>(row % p.L);
-    const auto output = Matrix<const T>::of(p.output, b, h, p.L, p.Ev);
-    const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
-    for (int col = 4 * lane; col < output.cols; col += 4 * kDeltaLanes) {
-      const float4 x = output.quad_at(query, col), y = grad_output.quad_at(query, col);
-      sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+  for (int first_col = 0; first_col < output.cols; first_col += 4 * kDeltaLanes) {
+    const int col = first_col + 4 * lane;
+    const float4 x = output.quad_at(query, col), y = grad_output.quad_at(query, col);
+#pragma unroll
+    for (int owner = 0; owner < kDeltaLanes; ++owner) {
+      const float with_mine = fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
+      sum = __shfl_sync(~0u, with_mine, owner, kDeltaLanes);
     }
   }
-#pragma unroll
-  for (int lanes = 1; lanes < kDeltaLanes; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
   if (is_inside && lane == 0) p.delta[row] = sum;
-}
-
-// Where a query's LSE and delta stand; those of a query beyond the last are read from the last and not used.
-__device__ __forceinline__ int64_t statistics_row(const BackwardParams& p, int64_t b, int64_t h, int query) {
-  return (b * p.H + h) * p.L + min(query, static_cast<int>(p.L) - 1);
-}
-
-// LSE, or +inf where there was nothing to attend to: P = exp(score - LSE) is then 0. (A query beyond the last has
-// scores of -inf by its mask.)
-__device__ __forceinline__ float reference_lse(const BackwardParams& p, int64_t row) {
-  const float lse = p.logsumexp[row];
-  return lse == -INFINITY ? INFINITY : lse;
 }
 
 template <int kRows, int kColumns>
@@ -61,31 +54,54 @@ __device__ __forceinline__ void clear(float (&x)[kRows][kColumns]) {
   }
 }
 
-// How a backward kernel shares its tiles. At kHeadDim 64, where an operand is likely to be one chunk wide, tiles of 32
-// columns leave shared memory for both row operands, which then are staged once and stay; and registers for two
-// gradients. At 128 one place serves both in turn.
+// How a backward kernel shares its tiles. Up to kHeadDim 64, where an operand is likely to be one chunk wide, tiles of
+// few columns leave shared memory for both row operands, which then are staged once and stay; and registers for two
+// gradients. At 128 one place serves both in turn. A narrow tile has places of their own for all column operands too.
 template <int kHeadDim>
-struct BackwardTile : Tile<kHeadDim, kHeadDim == 64 ? 32 : 64> {
-  using Base = Tile<kHeadDim, kHeadDim == 64 ? 32 : 64>;
-  static constexpr bool kKeepsRows = kHeadDim == 64;
-  static constexpr int kSharedBytes =
-      Base::kSharedBytes + (kKeepsRows ? Base::kRowTile * static_cast<int>(sizeof(float)) : 0);
+constexpr int kBackwardColumns = kHeadDim == 32   ? 16
+                                 : kHeadDim == 64 ? 32
+                                                  : 64;
+
+template <class Arch, int kHeadDim>
+struct BackwardTile : Tile<kHeadDim, kBackwardColumns<kHeadDim>> {
+  using Base = Tile<kHeadDim, kBackwardColumns<kHeadDim>>;
+  static constexpr bool kKeepsRows = kHeadDim <= 64 && kHasRoom<Arch>;
+  static constexpr int kMoreFloats = (kKeepsRows ? Base::kRowTile : 0) +
+                                     (Base::kIsNarrow ? Base::kColumnTile + 2 * Base::kResultTile : 0) +
+                                     StatisticsTile<Base::kRows>::kFloats;
+  static constexpr int kSharedBytes = Base::kSharedBytes + kMoreFloats * static_cast<int>(sizeof(float));
 };
 
 // product = rows * columns^T, for the tiles at first_row and first_column, through all chunks of their width. The rows
-// are there already if they were staged before and stay.
+// are there already if they were staged before and stay; in a narrow tile everything is.
 template <class Tile, class T>
 __device__ __forceinline__ void tile_product(Scores<Tile>& product, const Tile& t, float* row_tile, float* column_tile,
                                              const Matrix<const T>& rows, const Matrix<const T>& columns, int first_row,
                                              int first_column, bool has_rows) {
   clear(product);
+  if constexpr (Tile::kIsNarrow) {
+    multiply_scores(product, t, row_tile, column_tile, rows.cols);
+  } else {
 #pragma unroll 1
-  for (int e = 0; e < rows.cols; e += Tile::kWidth) {
-    __syncthreads();  // nobody reads the tiles any more
-    if (!has_rows) stage_transposed<Tile, Tile::kRows>(row_tile, rows, first_row, e);
-    stage_transposed<Tile, Tile::kColumns>(column_tile, columns, first_column, e);
+    for (int e = 0; e < rows.cols; e += Tile::kWidth) {
+      __syncthreads();  // nobody reads the tiles any more
+      if (!has_rows) stage_transposed<Tile, Tile::kRows>(row_tile, rows, first_row, e);
+      stage_transposed<Tile, Tile::kColumns>(column_tile, columns, first_column, e);
+      __syncthreads();
+      multiply_scores(product, t, row_tile, column_tile, rows.cols - e);
+    }
+  }
+}
+
+// Brings the rows that a gradient is made of next, and shows the warp's scores to all its lanes.
+template <class Tile, class T>
+__device__ __forceinline__ void prepare_result(float* tile, const Matrix<const T>& m, int first_row, int first_col) {
+  if constexpr (Tile::kIsNarrow) {
+    __syncwarp();
+  } else {
+    __syncthreads();  // nobody reads the tile any more
+    stage_rows<Tile>(tile, m, first_row, first_col);
     __syncthreads();
-    multiply_scores(product, t, row_tile, column_tile, rows.cols - e);
   }
 }
 
@@ -105,17 +121,22 @@ __device__ __forceinline__ void store_gradient(const Matrix<T>& gradient, const 
 }
 
 // dK and dV. The tile's rows are keys, its columns queries.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
+template <class Arch, class T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
     grad_key_value_kernel(const __grid_constant__ BackwardParams p) {
-  using Shape = BackwardTile<kHeadDim>;
+  using Shape = BackwardTile<Arch, kHeadDim>;
   using Tile = typename Shape::Base;
   constexpr int kRowsOwned = Tile::kRowsOwned, kColumnsOwned = Tile::kColumnsOwned;
   extern __shared__ float4 shared_memory[];
   float* const key_tile = reinterpret_cast<float*>(shared_memory);
   float* const value_tile = key_tile + (Shape::kKeepsRows ? Tile::kRowTile : 0);
-  float* const column_tile = value_tile + Tile::kRowTile;
-  float* const score_tile = column_tile + Tile::kColumnTile;
+  float* const query_tile = value_tile + Tile::kRowTile;
+  float* const score_tile = query_tile + Tile::kColumnTile;
+  float* const grad_output_tile = Tile::kIsNarrow ? score_tile + Tile::kScoreTile : query_tile;
+  float* const query_rows = Tile::kIsNarrow ? grad_output_tile + Tile::kColumnTile : query_tile;
+  float* const grad_output_rows = Tile::kIsNarrow ? query_rows + Tile::kResultTile : query_tile;
+  const StatisticsTile<Tile::kColumns> statistics{Tile::kIsNarrow ? grad_output_rows + Tile::kResultTile
+                                                                  : score_tile + Tile::kScoreTile};
   const Tile t = Tile::of_thread();
 
   const int64_t key_heads = p.H / p.group;
@@ -137,42 +158,77 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
 
   Results<Tile> grad_key = {}, grad_value = {};
   bool has_rows = false;
+  InFlight<Tile, T> queries, grad_outputs;
+  if constexpr (Tile::kIsNarrow) {
+    stage_transposed<Tile, Tile::kRows>(key_tile, key, first_key, 0);
+    stage_transposed<Tile, Tile::kRows>(value_tile, value, first_key, 0);
+  }
 #pragma unroll 1
   for (int64_t h = key_head * p.group; h < (key_head + 1) * p.group; ++h) {
     const auto query = Matrix<const T>::of(p.query, b, h, p.L, p.E);
     const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
     const Mask mask = Mask::of(p, b, h);
     const int query_begin = mask.query_begin(first_key) / Tile::kColumns * Tile::kColumns;
+    const int64_t query_head = b * p.H + h;
+    QueryStatistics next = QueryStatistics::of(p, query_head, query_begin + fresh_thread_index(), wants_key);
+    if constexpr (Tile::kIsNarrow) {
+      queries.load(query, query_begin);
+      grad_outputs.load(grad_output, query_begin);
+    }
 #pragma unroll 1
     for (int first_query = query_begin; first_query < query.rows; first_query += Tile::kColumns) {
       const int depth = query.rows - first_query;
+      __syncthreads();  // nobody reads the tiles any more
+      if (fresh_thread_index() < Tile::kColumns) statistics.store(fresh_thread_index(), next);
+      next = QueryStatistics::of(p, query_head, first_query + Tile::kColumns + fresh_thread_index(), wants_key);
+      if constexpr (Tile::kIsNarrow) {
+        queries.store_transposed(query_tile);
+        queries.store_rows(query_rows);
+        grad_outputs.store_transposed(grad_output_tile);
+        grad_outputs.store_rows(grad_output_rows);
+        __syncthreads();
+        queries.load(query, first_query + Tile::kColumns);
+        grad_outputs.load(grad_output, first_query + Tile::kColumns);
+      }
       const bool is_masked =
           !mask.passes(first_query, first_query + Tile::kColumns, first_key, first_key + Tile::kRows);
       if (is_masked) stage_mask<true, Tile>(score_tile, mask, first_query, first_key);
       Scores<Tile> score;
-      tile_product(score, t, key_tile, column_tile, key, query, first_key, first_query, has_rows && p.E <= kHeadDim);
+      tile_product(score, t, key_tile, query_tile, key, query, first_key, first_query, has_rows && p.E <= kHeadDim);
       scale_and_mask(score, t, p.scale, is_masked, score_tile);
 #pragma unroll
       for (int j = 0; j < kColumnsOwned; ++j) {
-        const float lse = reference_lse(p, statistics_row(p, b, h, first_query + t.column(j)));
+        const RowReference reference = statistics.reference(t.column(j));
 #pragma unroll
-        for (int i = 0; i < kRowsOwned; ++i) score[i][j] = fast_exp2((score[i][j] - lse) * kLog2E);
+        for (int i = 0; i < kRowsOwned; ++i) score[i][j] = reference.probability(score[i][j]);
       }
       // P waits in shared memory, each thread's where that thread finds it, while dP takes its registers. What dropout
       // drops is drawn now, when there are registers for it, and kept as the sign.
       if (p.dropout_p > 0.f) {
         for_each_keep<true, Tile>(
-            dropout, p.first_batch_head + b * p.H + h, first_query, first_key,
+            dropout, p.first_batch_head + query_head, first_query, first_key,
             [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] : copysignf(score[i][j], -1.f); });
       }
       store_scores(score_tile, t, score);
       if (wants_key) {
-        tile_product(score, t, value_tile, column_tile, value, grad_output, first_key, first_query,
+        tile_product(score, t, value_tile, grad_output_tile, value, grad_output, first_key, first_query,
                      has_rows && p.Ev <= kHeadDim);
+      }
+      if (p.dropout_p > 0.f) {
+#pragma unroll
+        for (int j = 0; j < kColumnsOwned; ++j) {
+#pragma unroll
+          for (int g = 0; g < 2; ++g) {
+            const float4 place = score_quad(score_tile, t, j, g);
+            const float probability[4] = {place.x, place.y, place.z, place.w};
+#pragma unroll
+            for (int n = 0; n < 4; ++n) score[4 * g + n][j] *= signbit(probability[n]) ? 0.f : rescale;
+          }
+        }
       }
 #pragma unroll
       for (int j = 0; j < kColumnsOwned; ++j) {
-        const float delta = wants_key ? p.delta[statistics_row(p, b, h, first_query + t.column(j))] : 0.f;
+        const float delta = statistics.delta(t.column(j));
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
           const float4 place = score_quad(score_tile, t, j, g);
@@ -180,23 +236,20 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             float& grad = score[4 * g + n][j];
-            grad = fabsf(probability[n]) * ((signbit(probability[n]) ? 0.f : grad * rescale) - delta);
+            grad = fabsf(probability[n]) * (grad - delta);
           }
         }
       }
       if (p.dropout_p > 0.f) drop_negative<Tile>(score_tile);
       if (wants_value) {
-        __syncthreads();
-        stage_rows<Tile>(column_tile, grad_output, first_query, first_col);
-        __syncthreads();
-        multiply_result(grad_value, t, score_tile, column_tile, depth, value.cols - first_col);
+        prepare_result<Tile>(grad_output_rows, grad_output, first_query, first_col);
+        multiply_result(grad_value, t, score_tile, grad_output_rows, depth, value.cols - first_col);
       }
       if (wants_key) {
-        __syncthreads();
+        __syncwarp();
         store_scores(score_tile, t, score);
-        stage_rows<Tile>(column_tile, query, first_query, first_col);
-        __syncthreads();
-        multiply_result(grad_key, t, score_tile, column_tile, depth, key.cols - first_col);
+        prepare_result<Tile>(query_rows, query, first_query, first_col);
+        multiply_result(grad_key, t, score_tile, query_rows, depth, key.cols - first_col);
       }
       has_rows = Shape::kKeepsRows;
     }
@@ -238,17 +291,21 @@ __device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, const
 }
 
 // dQ and the mask's gradient. The tile's rows are queries, its columns keys.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
+template <class Arch, class T, int kHeadDim>
+__global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
     grad_query_kernel(const __grid_constant__ BackwardParams p) {
-  using Shape = BackwardTile<kHeadDim>;
+  using Shape = BackwardTile<Arch, kHeadDim>;
   using Tile = typename Shape::Base;
   constexpr int kRowsOwned = Tile::kRowsOwned, kColumnsOwned = Tile::kColumnsOwned;
   extern __shared__ float4 shared_memory[];
   float* const query_tile = reinterpret_cast<float*>(shared_memory);
   float* const grad_output_tile = query_tile + (Shape::kKeepsRows ? Tile::kRowTile : 0);
-  float* const column_tile = grad_output_tile + Tile::kRowTile;
-  float* const score_tile = column_tile + Tile::kColumnTile;
+  float* const key_tile = grad_output_tile + Tile::kRowTile;
+  float* const score_tile = key_tile + Tile::kColumnTile;
+  float* const value_tile = Tile::kIsNarrow ? score_tile + Tile::kScoreTile : key_tile;
+  float* const key_rows = Tile::kIsNarrow ? value_tile + Tile::kColumnTile : key_tile;
+  const StatisticsTile<Tile::kRows> statistics{Tile::kIsNarrow ? key_rows + Tile::kResultTile
+                                                               : score_tile + Tile::kScoreTile};
   const Tile t = Tile::of_thread();
 
   const int64_t heads = p.B * p.H;
@@ -267,25 +324,56 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
   const Mask mask = Mask::of(p, b, h);
   const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
 
-  Results<Tile> result = {};
+  // As in the forward, a float32 sum over many keys would lose bits if all were added one after the other. What is
+  // rounded to 16 bits in the end does not show it.
+  constexpr bool kFolds = sizeof(T) == 4;
+  constexpr int kKeysTogether = 256;
+  Results<Tile> grad_query = {}, partial = {};
+  const auto fold = [&] {
+#pragma unroll
+    for (int i = 0; i < kRowsOwned; ++i) {
+#pragma unroll
+      for (int c = 0; c < Tile::kResultsOwned; ++c) grad_query[i][c] += partial[i][c];
+    }
+    clear(partial);
+  };
+  for (int n = fresh_thread_index(); n < Tile::kRows; n += Tile::kThreads) {
+    statistics.store(place_of(n), QueryStatistics::of(p, head_index, first_query + n, true));
+  }
   bool has_rows = false;
   const int key_end = mask.key_end(first_query + Tile::kRows);
+  InFlight<Tile, T> keys, values;
+  if constexpr (Tile::kIsNarrow) {
+    stage_transposed<Tile, Tile::kRows>(query_tile, query, first_query, 0);
+    stage_transposed<Tile, Tile::kRows>(grad_output_tile, grad_output, first_query, 0);
+    keys.load(key, 0);
+    values.load(value, 0);
+  }
 #pragma unroll 1
   for (int first_key = 0; first_key < key_end; first_key += Tile::kColumns) {
     const bool is_masked = !mask.passes(first_query, first_query + Tile::kRows, first_key, first_key + Tile::kColumns);
     if (is_masked) stage_mask<false, Tile>(score_tile, mask, first_query, first_key);
+    if constexpr (Tile::kIsNarrow) {
+      __syncthreads();
+      keys.store_transposed(key_tile);
+      keys.store_rows(key_rows);
+      values.store_transposed(value_tile);
+      __syncthreads();
+      keys.load(key, first_key + Tile::kColumns);
+      values.load(value, first_key + Tile::kColumns);
+    }
     Scores<Tile> score;
-    tile_product(score, t, query_tile, column_tile, query, key, first_query, first_key, has_rows && p.E <= kHeadDim);
+    tile_product(score, t, query_tile, key_tile, query, key, first_query, first_key, has_rows && p.E <= kHeadDim);
     scale_and_mask(score, t, p.scale, is_masked, score_tile);
 #pragma unroll
     for (int i = 0; i < kRowsOwned; ++i) {
-      const float lse = reference_lse(p, statistics_row(p, b, h, first_query + t.row(i)));
+      const RowReference reference = statistics.reference(t.row_place(i));
 #pragma unroll
-      for (int j = 0; j < kColumnsOwned; ++j) score[i][j] = fast_exp2((score[i][j] - lse) * kLog2E);
+      for (int j = 0; j < kColumnsOwned; ++j) score[i][j] = reference.probability(score[i][j]);
     }
     // P waits in shared memory, each thread's where that thread finds it, while dP takes its registers.
     store_scores(score_tile, t, score);
-    tile_product(score, t, grad_output_tile, column_tile, grad_output, value, first_query, first_key,
+    tile_product(score, t, grad_output_tile, value_tile, grad_output, value, first_query, first_key,
                  has_rows && p.Ev <= kHeadDim);
     if (p.dropout_p > 0.f) {
       for_each_keep<false, Tile>(
@@ -294,7 +382,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
     }
     float delta[kRowsOwned];
 #pragma unroll
-    for (int i = 0; i < kRowsOwned; ++i) delta[i] = p.delta[statistics_row(p, b, h, first_query + t.row(i))];
+    for (int i = 0; i < kRowsOwned; ++i) delta[i] = statistics.delta(t.row_place(i));
 #pragma unroll
     for (int j = 0; j < kColumnsOwned; ++j) {
 #pragma unroll
@@ -309,14 +397,14 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
     if (p.grad_mask != nullptr && blockIdx.y == 0) add_mask_gradient(p, t, b, h, first_query, first_key, score);
     if (p.grad_query.data != nullptr) {
       store_scores(score_tile, t, score);
-      __syncthreads();
-      stage_rows<Tile>(column_tile, key, first_key, first_col);
-      __syncthreads();
-      multiply_result(result, t, score_tile, column_tile, key_end - first_key, key.cols - first_col);
+      prepare_result<Tile>(key_rows, key, first_key, first_col);
+      multiply_result(partial, t, score_tile, key_rows, key_end - first_key, key.cols - first_col);
+      if (kFolds && (first_key + Tile::kColumns) % kKeysTogether == 0) fold();
     }
   }
   if (p.grad_query.data != nullptr) {
-    store_gradient(Matrix<T>::of(p.grad_query, b, h, p.L, p.E), t, result, first_query, first_col, p.scale);
+    fold();
+    store_gradient(Matrix<T>::of(p.grad_query, b, h, p.L, p.E), t, grad_query, first_query, first_col, p.scale);
   }
 }
 
@@ -324,8 +412,9 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2)
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Tile = efficient::BackwardTile<kHeadDim>;
+  using Tile = efficient::BackwardTile<Arch, kHeadDim>;
   static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
+  if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
   const auto width_blocks = [](int64_t width) { return static_cast<unsigned>(efficient::ceil_div(width, kHeadDim)); };
   const bool wants_query = p.grad_query.data != nullptr, wants_key = p.grad_key.data != nullptr;
   const bool wants_value = p.grad_value.data != nullptr, wants_mask = p.grad_mask != nullptr;
@@ -337,7 +426,7 @@ cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (const int64_t heads = p.B * (p.H / p.group); heads * p.S > 0 && (wants_key || wants_value)) {
-    constexpr auto kKernel = &efficient::grad_key_value_kernel<T, kHeadDim>;
+    constexpr auto kKernel = &efficient::grad_key_value_kernel<Arch, T, kHeadDim>;
     error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
     if (error != cudaSuccess) return error;
     const unsigned key_blocks = wants_key ? width_blocks(p.E) : 0, value_blocks = wants_value ? width_blocks(p.Ev) : 0;
@@ -347,7 +436,7 @@ cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (const int64_t heads = p.B * p.H; heads * p.L > 0 && (wants_query || wants_mask)) {
-    constexpr auto kKernel = &efficient::grad_query_kernel<T, kHeadDim>;
+    constexpr auto kKernel = &efficient::grad_query_kernel<Arch, T, kHeadDim>;
     error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(heads * efficient::ceil_div(p.L, Tile::kRows)),

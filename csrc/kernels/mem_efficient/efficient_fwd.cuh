@@ -1,28 +1,43 @@
 // Memory-efficient attention, forward: float32 arithmetic, any head dims, any chip from sm_70 up.
 //
-// A block owns kRows queries of one head and kHeadDim columns of their output, and walks over the keys in tiles of 64.
+// A block owns kRows queries of one head and kHeadDim columns of their output, and walks over the keys in tiles.
 // Scores accumulate over chunks of E that pass through shared memory. An output wider than kHeadDim is covered by
 // further blocks, each of which computes the scores again.
 #pragma once
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
+#include "in_flight.h"
+#include "statistics.h"
 #include "tile.h"
 
 namespace sdpa {
 
 namespace efficient {
 
+template <class Arch, int kHeadDim>
+constexpr int kForwardColumns = kHeadDim == 32 || !kHasRoom<Arch> ? 32 : 64;
+
+template <class Arch, int kHeadDim>
+struct ForwardTile : Tile<kHeadDim, kForwardColumns<Arch, kHeadDim>> {
+  using Base = Tile<kHeadDim, kForwardColumns<Arch, kHeadDim>>;
+  static constexpr int kSharedBytes =
+      Base::kSharedBytes +
+      (Base::kIsNarrow ? (Base::kColumnTile + 2 * Base::kResultTile) * static_cast<int>(sizeof(float)) : 0);
+};
+
 // Two blocks a multiprocessor where it has the memory (not on sm70): 255 registers a thread, and one block computes
 // while the other waits for its tiles.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2) forward_kernel(const __grid_constant__ ForwardParams p) {
-  using Tile = Tile<kHeadDim>;
-  constexpr int kRowsOwned = Tile::kRowsOwned, kColumnsOwned = Tile::kColumnsOwned;
+template <class Arch, class T, int kHeadDim>
+__global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using Tile = typename ForwardTile<Arch, kHeadDim>::Base;
   extern __shared__ float4 shared_memory[];
   float* const query_tile = reinterpret_cast<float*>(shared_memory);
-  float* const key_value_tile = query_tile + Tile::kRowTile;
-  float* const probability_tile = key_value_tile + Tile::kColumnTile;
+  float* const probability_tile = query_tile + Tile::kRowTile;
+  float* key_tile = probability_tile + Tile::kScoreTile;  // narrow: two of these, and behind them two for values
+  float* value_tile = Tile::kIsNarrow ? key_tile + 2 * Tile::kColumnTile : key_tile;
+  int other_key_tile = Tile::kColumnTile, other_value_tile = Tile::kResultTile;
   const Tile t = Tile::of_thread();
 
   // Which part of the problem. Under causality the last queries have most to do: start them first, those of all heads.
@@ -43,11 +58,12 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2) forward_kernel(co
   const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
 
   Results<Tile> result = {};
-  float row_max[kRowsOwned], row_sum[kRowsOwned];  // the sum is this thread's share, the maximum that of the row
-#pragma unroll
-  for (int i = 0; i < kRowsOwned; ++i) {
-    row_max[i] = -INFINITY;
-    row_sum[i] = 0.f;
+  RowSoftmax<Tile> softmax = RowSoftmax<Tile>::none();
+  InFlight<Tile, T> keys, values;
+  if constexpr (Tile::kIsNarrow) {
+    stage_transposed<Tile, Tile::kRows>(query_tile, query, first_query, 0);
+    keys.load(key, 0);
+    values.load(value, 0);
   }
 
   const int key_end = mask.key_end(first_query + Tile::kRows);
@@ -57,52 +73,64 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2) forward_kernel(co
 
     // Scores. A query tile that is one chunk wide stays where it is.
     Scores<Tile> score = {};
-    for (int e = 0; e < query.cols; e += kHeadDim) {
-      if (first_key == 0 || query.cols > kHeadDim)
-        stage_transposed<Tile, Tile::kRows>(query_tile, query, first_query, e);
-      stage_transposed<Tile, Tile::kColumns>(key_value_tile, key, first_key, e);
-      __syncthreads();
-      multiply_scores(score, t, query_tile, key_value_tile, query.cols - e);
-      __syncthreads();
+    if constexpr (Tile::kIsNarrow) {
+      keys.store_transposed(key_tile);
+      values.store_rows(value_tile);
+      __syncthreads();  // also: nobody reads the other two tiles any more
+      keys.load(key, first_key + Tile::kColumns);
+      values.load(value, first_key + Tile::kColumns);
+      multiply_scores(score, t, query_tile, key_tile, query.cols);
+    } else {
+      for (int e = 0; e < query.cols; e += kHeadDim) {
+        if (first_key == 0 || query.cols > kHeadDim) {
+          stage_transposed<Tile, Tile::kRows>(query_tile, query, first_query, e);
+        }
+        stage_transposed<Tile, Tile::kColumns>(key_tile, key, first_key, e);
+        __syncthreads();
+        multiply_scores(score, t, query_tile, key_tile, query.cols - e);
+        __syncthreads();
+      }
     }
     scale_and_mask(score, t, p.scale, is_masked, probability_tile);
 
-    // Online softmax.
-#pragma unroll
-    for (int i = 0; i < kRowsOwned; ++i) {
-      float tile_max = score[i][0];
-#pragma unroll
-      for (int j = 1; j < kColumnsOwned; ++j) tile_max = fmaxf(tile_max, score[i][j]);
-      const float new_max = fmaxf(row_max[i], Tile::row_max(tile_max));
-      const float reference = new_max == -INFINITY ? 0.f : new_max;  // -inf - -inf would be NaN
-      const float rescale = fast_exp2((row_max[i] - reference) * kLog2E);
-      row_max[i] = new_max;
-      row_sum[i] *= rescale;
-#pragma unroll
-      for (int j = 0; j < kColumnsOwned; ++j) {
-        score[i][j] = fast_exp2((score[i][j] - reference) * kLog2E);
-        row_sum[i] += score[i][j];
-      }
-#pragma unroll
-      for (int c = 0; c < Tile::kResultsOwned; ++c) result[i][c] *= rescale;
-    }
+    float rescale[Tile::kRowsOwned];
+    softmax.take_in(score, rescale);
     if (p.dropout_p > 0.f) {
       for_each_keep<false, Tile>(dropout, p.first_batch_head + head_index, first_query, first_key,
                                  [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] : 0.f; });
     }
 
     store_scores(probability_tile, t, score);
-    stage_rows<Tile>(key_value_tile, value, first_key, first_col);
-    __syncthreads();
-    multiply_result(result, t, probability_tile, key_value_tile, key_end - first_key, value.cols - first_col);
-    __syncthreads();
+    if constexpr (Tile::kIsNarrow) {
+      __syncwarp();
+    } else {
+      stage_rows<Tile>(value_tile, value, first_key, first_col);
+      __syncthreads();
+    }
+    // A tile is summed up by itself before it joins the others: a float32 sum over thousands of keys, one after the
+    // other, would lose several bits.
+    Results<Tile> tile_result = {};
+    multiply_result(tile_result, t, probability_tile, value_tile, key_end - first_key, value.cols - first_col);
+#pragma unroll
+    for (int i = 0; i < Tile::kRowsOwned; ++i) {
+#pragma unroll
+      for (int c = 0; c < Tile::kResultsOwned; ++c) result[i][c] = fmaf(result[i][c], rescale[i], tile_result[i][c]);
+    }
+    if constexpr (Tile::kIsNarrow) {
+      key_tile += other_key_tile;
+      value_tile += other_value_tile;
+      other_key_tile = -other_key_tile;
+      other_value_tile = -other_value_tile;
+    } else {
+      __syncthreads();
+    }
   }
 
 #pragma unroll
-  for (int i = 0; i < kRowsOwned; ++i) {
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
     const int row = first_query + t.row(i);
-    const float sum = Tile::row_sum(row_sum[i]);
-    const bool is_empty = row_max[i] == -INFINITY && sum == 0.f;
+    const float sum = Tile::row_sum(softmax.sum[i]);
+    const bool is_empty = softmax.maximum[i] == -INFINITY && sum == 0.f;
     const float factor = is_empty ? 0.f : (p.dropout_p > 0.f ? dropout.rescale : 1.f) / sum;
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
@@ -112,7 +140,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2) forward_kernel(co
       output.store(row, first_col + t.result_column(4 * g), x);
     }
     if (p.logsumexp != nullptr && blockIdx.y == 0 && t.x == 0 && row < p.L) {
-      p.logsumexp[head_index * p.L + row] = is_empty ? -INFINITY : row_max[i] + logf(sum);
+      store_statistics(p, head_index * p.L + row, softmax.maximum[i], sum, is_empty);
     }
   }
 }
@@ -121,9 +149,10 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 2) forward_kernel(co
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
-  using Tile = efficient::Tile<kHeadDim>;
+  using Tile = efficient::ForwardTile<Arch, kHeadDim>;
   static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
-  constexpr auto kKernel = &efficient::forward_kernel<T, kHeadDim>;
+  constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
+  if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
   if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
   if (const cudaError_t error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>(); error != cudaSuccess) {
     return error;

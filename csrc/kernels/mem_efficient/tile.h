@@ -100,6 +100,19 @@ struct Matrix {
     return has_quad(col) ? quad(at(row, col)) : slow_quad(at(row, col), cols - col);
   }
 
+  // As it is; zero where the matrix has nothing.
+  __device__ Quad<std::remove_const_t<T>> raw_quad_at(int row, int col) const {
+    using Raw = Quad<std::remove_const_t<T>>;
+    Raw q = {};
+    if (row >= rows) return q;
+    if (has_quad(col)) return *reinterpret_cast<const Raw*>(at(row, col));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if (col + n < cols) q.at[n] = *at(row, col + n);
+    }
+    return q;
+  }
+
   // Writes what lies inside the matrix.
   __device__ void store(int row, int col, const float (&x)[4]) const {
     if (row >= rows) return;
@@ -127,13 +140,6 @@ struct Matrix {
   }
 };
 
-// 2^x to about two units in the last place; exp2f spends four instructions on it to be right for denormal results.
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Rows and columns stand in shared memory in another order within each 16: n = 0b dcba is at place 0b cbda. A thread,
 // which owns groups of four neighbouring places, so owns pairs of rows and of columns and the same pairs 8 further on:
 // together all that one Philox draw decides (see dropout.h), be the rows queries or keys.
@@ -144,10 +150,15 @@ __host__ __device__ constexpr int at_place(int n) {
   return (n & ~14) | ((n & 12) >> 1) | ((n & 2) << 2);
 }
 
+// Turing's 64 KB take a tile of fewer columns.
+template <class Arch>
+constexpr bool kHasRoom = Arch::kSharedBytes >= 96 * 1024;
+
 // How a block shares a tile of scores (kRows x kColumns) and the kRows x kHeadDim results made from it. A warp owns
 // whole rows; a thread owns 8 rows, 8 or 4 columns of scores, and 8 columns of a result, all in groups of four.
-template <int kHeadDim, int kScoreColumns = 64>
+template <int kHeadDim, int kScoreColumns>
 struct Tile {
+  static constexpr bool kIsNarrow = kHeadDim == 32;  // takes no wider heads; see in_flight.h
   static constexpr int kThreads = 128;
   static constexpr int kWidth = kHeadDim;  // of a chunk of the operands, and of a result
   static constexpr int kColumns = kScoreColumns;
@@ -160,10 +171,13 @@ struct Tile {
   // then read groups of four places. The four extra floats spread what neighbouring lanes write over the banks.
   static constexpr int kRowStride = kRows + 4, kColumnStride = kColumns + 4;
   static constexpr int kRowTile = kHeadDim * kRowStride;
-  static constexpr int kColumnTile = kHeadDim * kColumnStride;  // also holds kColumns rows of kHeadDim results
+  static constexpr int kColumnTile = kHeadDim * kColumnStride;
+  static constexpr int kResultStride = kIsNarrow ? kHeadDim + 4 : kHeadDim;
+  static constexpr int kResultTile = kColumns * kResultStride;  // kColumns rows that a result is made of
   static constexpr int kScoreTile = kColumns * kRowStride;
   static constexpr int kSharedBytes = (kRowTile + kColumnTile + kScoreTile) * static_cast<int>(sizeof(float));
-  static_assert(kHeadDim == 64 || kHeadDim == 128);
+  static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128);
+  static_assert(kIsNarrow || kResultTile <= kColumnTile);  // they share a place
 
   // Neighbouring lanes share a column and lanes two apart share a row: a 16-byte shared load then takes two passes
   // instead of four, since the hardware merges equal addresses of such pairs.
@@ -174,6 +188,7 @@ struct Tile {
     return {warp * kWarpTileRows + 4 * y, (lane >> 1) % kThreadsX};
   }
   __device__ int row(int i) const { return at_place(first_row_place) + owned(i, 4 * kWarpRows); }
+  __device__ int row_place(int i) const { return first_row_place + (i & 3) + 4 * kWarpRows * (i >> 2); }
   __device__ int column(int j) const { return at_place(4 * x) + owned(j, 4 * kThreadsX); }
   __device__ int result_column(int c) const { return 4 * x + (c & 3) + 4 * kThreadsX * (c >> 2); }
   // How far owned row or column n is from the first one, if `step` places lie between groups of four.
@@ -282,15 +297,15 @@ __device__ __forceinline__ void multiply_scores(Scores<Tile>& score, const Tile&
 }
 
 // result[i][c] += sum over j < depth of scores[i][j] * rows[j][c]. Where the result is at most half as wide as it
-// could be, as at head dim 32 or 72, so is the work.
+// could be, as at head dim 16 or 72, so is the work.
 template <class Tile>
 __device__ __forceinline__ void multiply_result(Results<Tile>& result, const Tile& t, const float* scores,
                                                 const float* rows, int depth, int width) {
   depth = min(Tile::kColumns, depth);
   if (width <= Tile::kWidth / 2) {
-    multiply<1>(result, t, scores, rows, Tile::kWidth, depth);
+    multiply<1>(result, t, scores, rows, Tile::kResultStride, depth);
   } else {
-    multiply<2>(result, t, scores, rows, Tile::kWidth, depth);
+    multiply<2>(result, t, scores, rows, Tile::kResultStride, depth);
   }
 }
 
@@ -330,25 +345,34 @@ __device__ __forceinline__ void drop_negative(float* scores) {
 }
 
 // Puts what the mask adds to the scores of a tile in their place in shared memory, warp by warp its own rows. Doing so
-// before the scores are computed spares registers, and neighbouring lanes read neighbouring keys.
+// before the scores are computed spares registers. A warp takes 8 queries by 16 keys at a time.
 template <bool kRowsAreKeys, class Tile>
 __device__ __forceinline__ void stage_mask(float* scores, const Mask& mask, int first_query, int first_key) {
   const int thread = fresh_thread_index(), lane = thread % 32;
+  const int query = kRowsAreKeys ? lane / 4 : lane % 8, key = 4 * (kRowsAreKeys ? lane % 4 : lane / 8);
   const int warp_row = thread / 32 * Tile::kWarpTileRows;
+  constexpr int kTogether = kRowsAreKeys ? 2 : 4;  // more cost the kernel for dK and dV registers that it lacks
+  constexpr int kRowStep = kRowsAreKeys ? 16 : 8, kColumnStep = kRowsAreKeys ? 8 : 16;
+  constexpr int kRowSteps = Tile::kWarpTileRows / kRowStep, kColumnSteps = Tile::kColumns / kColumnStep;
   __syncwarp();  // the warp is done with what stood there
   mask.read([&](auto bias) {
-#pragma unroll 16
-    for (int n = lane; n < Tile::kWarpTileRows * Tile::kColumns; n += 32) {
-      const int row = warp_row + (kRowsAreKeys ? n % Tile::kWarpTileRows : n / Tile::kColumns);
-      const int column = kRowsAreKeys ? n / Tile::kWarpTileRows : n % Tile::kColumns;
-      const int query = first_query + (kRowsAreKeys ? column : row), key = first_key + (kRowsAreKeys ? row : column);
-      scores[column * Tile::kRowStride + place_of(row)] = bias(query, key);
+#pragma unroll kTogether
+    for (int n = 0; n < kRowSteps * kColumnSteps; ++n) {
+      const int row = warp_row + n % kRowSteps * kRowStep + (kRowsAreKeys ? key : query);
+      const int column = n / kRowSteps * kColumnStep + (kRowsAreKeys ? query : key);
+      const float4 b4 = bias(first_query + (kRowsAreKeys ? column : row), first_key + (kRowsAreKeys ? row : column));
+      const float four[4] = {b4.x, b4.y, b4.z, b4.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        scores[(column + (kRowsAreKeys ? 0 : k)) * Tile::kRowStride + place_of(row + (kRowsAreKeys ? k : 0))] = four[k];
+      }
     }
   });
   __syncwarp();
 }
 
-// Scales products to scores, and adds the mask if it was staged. Scores stay in natural units: log2(e) comes in only
+// Scales products to scores, and adds the mask if it was staged: rounded twice, never as one fused operation, since the
+// backward has to come to the same scores. Scores stay in natural units: log2(e) comes in only
 // after the row's maximum or LSE is taken off, since the lowest finite float times log2(e) would be -inf, and a row of
 // those is not an empty row.
 template <class Tile>
@@ -357,7 +381,7 @@ __device__ __forceinline__ void scale_and_mask(Scores<Tile>& score, const Tile& 
 #pragma unroll
   for (int i = 0; i < Tile::kRowsOwned; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kColumnsOwned; ++j) score[i][j] *= scale;
+    for (int j = 0; j < Tile::kColumnsOwned; ++j) score[i][j] = __fmul_rn(score[i][j], scale);
   }
   if (!is_masked) return;
 #pragma unroll
