@@ -18,8 +18,9 @@ std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
 // The scores of one chunk should stay in cache between the passes over them.
 constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{256} << 20;
-constexpr int64_t kForwardBytesPerScore = 12;  // float32 scores and probabilities, a copy in the inputs' dtype, a mask
-constexpr int64_t kBackwardBytesPerScore = 20;
+// At the most at one time: two float32 matrices and a byte of mask; in the backward a third and a copy in 16 bits.
+constexpr int64_t kForwardBytesPerScore = 9;
+constexpr int64_t kBackwardBytesPerScore = 13;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
 struct Chunk {
@@ -250,8 +251,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
       [&](const Chunk& c) {
         key = key_side(call.key, c).to(type);
         value = key_side(call.value, c).to(type);
-        grad_key = at::zeros(key.sizes(), key.options().dtype(sum_type));
-        grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
+        grad_key = grad_value = Tensor();
       },
       [&](const Chunk& c) {
         const int64_t heads = c.batches * c.key_heads, group = shape.group;
@@ -263,18 +263,27 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
         // logsumexp would be an error of every probability.
         Tensor probs = at::softmax(scores_of(call, mask, c, query, k, group), -1);
         if (mask.defined()) probs.masked_fill_(query_view(empty_rows, c, group), 0);
-        Tensor grad_probs = product(grad_out, v.transpose(1, 2)).view(probs.sizes());
-        Tensor dropped = probs;
-        if (call.dropout_p > 0) {
-          const Tensor keep = keep_of(call, c, shape);
-          const double rescale = dropout_rescale(call.dropout_p);
-          grad_probs.mul_(keep).mul_(rescale);
-          dropped = (probs * keep).mul_(rescale);
-        }
+        // sum += scale * a @ b, where sum has a row for each key; what the first rows give need not be added to zeros.
+        const auto accumulate = [&](Tensor& sum, const Tensor& a, const Tensor& b, double scale) {
+          if (!sum.defined() && c.columns == shape.S) {
+            sum = product(a, b, scale);
+            return;
+          }
+          if (!sum.defined()) sum = at::zeros({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
+          add_product(sum.narrow(1, 0, c.columns), a, b, scale);
+        };
+        const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
+        const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
         if (grads.value.defined()) {
-          add_product(grad_value.narrow(1, 0, c.columns), flat(dropped).transpose(1, 2), grad_out);
+          accumulate(grad_value, flat(keep.defined() ? probs * keep : probs).transpose(1, 2), grad_out, rescale);
         }
-        const Tensor grad_scores = at::_softmax_backward_data(grad_probs, probs, -1, probs.scalar_type());
+        Tensor grad_scores;
+        {
+          Tensor grad_probs = product(grad_out, v.transpose(1, 2), rescale).view(probs.sizes());
+          if (keep.defined()) grad_probs.mul_(keep);
+          grad_scores = at::_softmax_backward_data(grad_probs, probs, -1, probs.scalar_type());
+        }
+        probs.reset();
         if (grad_mask.defined()) {
           Tensor part = mask_chunk(grad_mask, c, group);
           std::vector<int64_t> summed;
@@ -284,13 +293,14 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
           part.add_(summed.empty() ? grad_scores : grad_scores.sum(summed, /*keepdim=*/true));
         }
         const Tensor flat_grad = flat(grad_scores);
+        grad_scores.reset();
         if (grads.query.defined()) {
           query_view(grads.query, c, group)
               .copy_(product(flat_grad, k, call.scale)
                          .view({c.batches, c.key_heads * group, c.rows, grads.query.size(3)}));
         }
         if (grads.key.defined()) {
-          add_product(grad_key.narrow(1, 0, c.columns), flat_grad.transpose(1, 2), query, call.scale);
+          accumulate(grad_key, flat_grad.transpose(1, 2), query, call.scale);
         }
       },
       [&](const Chunk& c) {
