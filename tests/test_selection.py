@@ -47,8 +47,7 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False,
             and dtype in (HALF, BRAIN)
             and 1 <= E <= 128
             and 1 <= Ev <= 128
-            and mask is None
-            and p == 0
+            and mask != DOUBLE
             and not (deterministic and grad)
         )
     brain = dtype == BRAIN and capability >= (8, 0)
@@ -317,8 +316,8 @@ def test_bad_switches_of_the_op_are_named(switches):
 SM70 = "Flash attention only supports sm80 and newer gpu architectures. Attempting to run on a sm 7.0 gpu."
 
 
-def problem_of(capability, dtype=HALF, **kwargs):
-    return sdpa.SDPAParams(*inputs(dtype), capability=capability, **kwargs).problem()
+def problem_of(capability, dtype=HALF, E=64, **kwargs):
+    return sdpa.SDPAParams(*inputs(dtype, E), capability=capability, **kwargs).problem()
 
 
 def test_the_seeds_warnings_on_sm70():
@@ -342,10 +341,10 @@ def test_warnings_name_the_chip(capability):
 
 
 def test_one_warning_for_each_reason():
-    lines = sdpa._C.reasons(problem_of((8, 0), SINGLE, dropout=0.5), 1)
+    lines = sdpa._C.reasons(problem_of((8, 0), SINGLE, E=300), 1)
     flash = lines[lines.index("Flash attention kernel not used because:") + 1 :]
     flash = flash[: flash.index("Math attention kernel not used because:")]
-    assert len(flash) == 2 and "float32" in flash[0] and "0.5" in flash[1]
+    assert len(flash) == 2 and "float32" in flash[0] and "300" in flash[1]
 
 
 def test_no_available_kernel(device):

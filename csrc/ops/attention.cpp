@@ -161,8 +161,8 @@ Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& 
     const Backend backend = choose(problem, backends);
     const Tensor rows = without_column(t[5]);
     const Tensor rows_rest = without_column(t[6]);
-    if (rows_rest.defined() && backend != Backend::kEfficient) rows_rest.zero_();
     if (backend == Backend::kMath) {
+      if (rows_rest.defined()) rows_rest.zero_();
       math_forward(call, t[4], rows);
       return;
     }

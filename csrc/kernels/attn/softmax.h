@@ -101,8 +101,14 @@ struct OnlineSoftmax {
 
   // After the last tile: the factor that normalises a row, 0 for a row with nothing to attend to, and its LSE.
   __device__ __forceinline__ float finish(int m, int half, float& logsumexp) {
-    const float total = quad_sum(sum[m][half]);
-    logsumexp = total == 0.f ? -INFINITY : (reference[m][half] + log2f(total)) * kLn2;
+    float rest;
+    return finish(m, half, logsumexp, rest);
+  }
+  // And what rounding took from the LSE (see params.h).
+  __device__ __forceinline__ float finish(int m, int half, float& logsumexp, float& rest) {
+    const float total = quad_sum(sum[m][half]), log_total = log2f(total);
+    logsumexp = total == 0.f ? -INFINITY : (reference[m][half] + log_total) * kLn2;
+    rest = total == 0.f ? 0.f : (reference[m][half] - __fmul_rn(logsumexp, kLog2E)) + log_total;
     return total == 0.f ? 0.f : 1.f / total;
   }
 };

@@ -19,24 +19,28 @@
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
 #include "launch.h"
+#include "score_dropout.cuh"
+#include "score_mask.cuh"
 #include "tile.cuh"
 
 namespace sdpa {
 
 // dK and dV take kKeyBlocks * kHeadDim registers of a lane; the rest follows from that. A long key tile keeps the
 // number of float32 additions to dQ low: every key tile adds to every dQ row once.
-template <int kHeadDim>
+template <int kHeadDim, bool kHasMask>
 struct FlashBackwardTile {
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
-  static constexpr int kStep = 32;  // queries whose scores are in registers at once
+  static constexpr int kStep = kHasMask && kHeadDim <= 64 ? 16 : 32;  // queries whose scores are in registers at once
   static constexpr int kGradStages = kHeadDim <= 64 ? 2 : 1;
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
+  static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 0 : kKeyBlocks;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
 };
 
-template <class Arch, class T, int kHeadDim, class Tile>
+// kHasMask: the variant for calls with a mask tensor or dropout.
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
 struct FlashBackward {
   static constexpr int kWarps = Tile::kWarps, kThreads = kWarps * 32;
   static constexpr int kKeyBlocks = Tile::kKeyBlocks;
@@ -55,22 +59,26 @@ struct FlashBackward {
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
   using ScoreTile = SharedTile<T, kKeyTile, kQueryTile>;  // dS^T
+
+  using KeyOrder = std::conditional_t<kHasMask, RowRuns<kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
 
   static constexpr int kQueryOffset = KeyTile::kBytes * (Tile::kValueInRegisters ? 1 : 2);
   static constexpr int kScoreOffset = kQueryOffset + (kStages + kGradStages) * QueryTile::kBytes;
-  static constexpr int kRowOffset = kScoreOffset + ScoreTile::kBytes;  // LSE and delta
-  static constexpr int kSharedBytes = kRowOffset + 2 * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kRowOffset = kScoreOffset + ScoreTile::kBytes;  // LSE, delta, rest of LSE
+  static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   // Values on their way into registers pass through the place of the query and dO stages.
   static_assert(!Tile::kValueInRegisters || KeyTile::kBytes <= kScoreOffset - kQueryOffset);
 };
 
-template <class Arch, class T, int kHeadDim, class Tile>
-__global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThreads, Tile::kBlocksPerSm)
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
+__global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>::kThreads, Tile::kBlocksPerSm)
     flash_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
-                          const float scale_log2) {
-  using Flash = FlashBackward<Arch, T, kHeadDim, Tile>;
+                          const __grid_constant__ Dropout dropout, const float scale_log2) {
+  using Flash = FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>;
+  using KeyOrder = typename Flash::KeyOrder;
+
   using Product = Mma<Arch, T>;
   constexpr int kKeyBlocks = Flash::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
   constexpr int kThreads = Flash::kThreads, kSteps = Flash::kSteps, kStep = Flash::kStep;
@@ -79,13 +87,14 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
   // Work of this block: the query tiles of `group` query heads, one head after the other.
   int tile_number, batch_key_head;
   if (!order.locate(tile_number, batch_key_head)) return;
-  const int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
+  int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
   const int heads = static_cast<int>(p.H), group = static_cast<int>(p.group), key_heads = heads / group;
-  const int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
+  if constexpr (kHasMask) batch_key_head = side_by_side(p, batch_key_head, key_heads);
+  int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
 
-  // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | LSE | delta.
+  // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | LSE | delta | rest of LSE.
   const uint32_t base = shared_address(shared);
   const typename Flash::KeyTile key_tile{base};
   const typename Flash::KeyTile value_tile{base +
@@ -97,13 +106,24 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
   const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset};
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
   float* const shared_delta = shared_lse + kQueryTile;
+  float* const shared_rest = shared_delta + kQueryTile;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
+  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
+  // computed from their origins again.
+  const auto start_anew = [&] {
+    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+  };
 
   // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
-  const int tiles = query_tiles - first_tile, items = tiles * group;
+  const int tiles = query_tiles - first_tile;
+  int items = tiles * group;
+  if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
+    const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
+    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
+  }
   const auto head_of = [&](int item) { return key_head * group + item / tiles; };
   const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
   const auto fetch_query = [&](int item) {
@@ -114,23 +134,25 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
     const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
     grad_tile(item % Flash::kGradStages).template fill<kThreads>(grad, row_of(item));
   };
-  // LSE and delta of this thread's row. A row that does not exist is all zeros and adds nothing to any gradient.
-  const auto read_row = [&](int item) -> float2 {
+  // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
+  // gradient, if only its probabilities are finite, which a mask may prevent.
+  const auto read_row = [&](int item) -> float3 {
     const int row = row_of(item) + static_cast<int>(threadIdx.x);
-    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {0.f, 0.f};
+    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
     const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
-    return {p.logsumexp[i], p.delta[i]};
+    return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
   };
-  const auto publish_row = [&](const float2& row) {
+  const auto publish_row = [&](const float3& row) {
     if (threadIdx.x >= kQueryTile) return;
     // +inf makes every probability of a row with nothing to attend to 0.
     shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
     shared_delta[threadIdx.x] = row.y;
+    if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
   const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-  key_tile.template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  value_tile.template fill<kThreads>(value, k0);
+  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+  value_tile.template fill<kThreads, KeyOrder>(value, k0);
   uint32_t value_registers[Tile::kValueInRegisters ? kSteps : 1][kKeyBlocks][4];
   if constexpr (Tile::kValueInRegisters) {
     cp_async_wait_all();
@@ -152,6 +174,7 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
   }
 #pragma unroll 1
   for (int item = 0; item < items; ++item) {
+    start_anew();
     // This query tile has landed; every warp is done with the one before, its stage and its dS.
     cp_async_wait_all();
     __syncthreads();
@@ -163,8 +186,17 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
     const int q0 = row_of(item);
     const auto query = query_tile(item % Flash::kStages), grad = grad_tile(item % Flash::kGradStages);
 
+    const bool drops = kHasMask && p.dropout_p > 0.f;
+    int steps = kQueryTile / kStep;
+    if constexpr (kHasMask) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
 #pragma unroll
-    for (int step = 0; step < kQueryTile / kStep; ++step) {
+    for (int step = 0; step < steps; ++step) {
+      TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
+      if constexpr (kHasMask) {
+        mask.read_early(p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
+                        k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+      }
+
       // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
       float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
 #pragma unroll
@@ -192,17 +224,25 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
       }
 
       // log2 of P^T, -inf where a query must not attend
+      if constexpr (kHasMask) {
+        start_anew();
+        mask.log2_probability(scores, p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
+                              k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2,
+                              shared_lse + step * kStep + lane % 4 * 2, shared_rest + step * kStep + lane % 4 * 2);
+      } else {
 #pragma unroll
-      for (int n = 0; n < kStep / 8; ++n) {
-        const float2 lse = *reinterpret_cast<const float2*>(shared_lse + step * kStep + n * 8 + lane % 4 * 2);
+        for (int n = 0; n < kStep / 8; ++n) {
+          const float2 lse = *reinterpret_cast<const float2*>(shared_lse + step * kStep + n * 8 + lane % 4 * 2);
 #pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
+          for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -lse.x : -lse.y);
+            for (int i = 0; i < 4; ++i) {
+              scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -lse.x : -lse.y);
+            }
           }
         }
       }
+
       if (range.is_partial(q0, k0)) {
         const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
@@ -211,7 +251,7 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
           for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int key = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
+              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
               const int row = step * kStep + n * 8 + lane % 4 * 2 + i % 2;
               if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
             }
@@ -232,7 +272,21 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
             score = exp2_approx(score);
           }
           to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
+          if (drops) {
+            start_anew();
+            const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+            const uint32_t kept =
+                kept_rows<kKeyBlocks>(draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item),
+                                      q0 / 16 + query_block, k0 + warp_block * 16, m);
+            drop<T>(a[m], kept);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              float& grad_score = grad_scores[m][2 * k + i / 4][i % 4];
+              grad_score = kept >> i & 1 ? grad_score * dropout.rescale : 0.f;
+            }
+          }
         }
+
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t b[4];
@@ -269,10 +323,17 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
     }
 
     __syncthreads();  // dS is complete; dO, LSE and delta are free
+    start_anew();
     if constexpr (Flash::kGradStages == 1) {
       if (item + 1 < items) fetch_grad(item + 1);
     }
-    const float2 next_row = read_row(item + 1);  // on its way while dQ is computed
+    const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
+
+    if constexpr (kHasMask) {
+      if (p.grad_mask != nullptr) {
+        add_mask_gradient<T, Flash::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
+      }
+    }
 
     // dQ = dS K
     if (p.grad_query.data != nullptr) {
@@ -313,8 +374,19 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
   __syncthreads();
   const int warp_row = k0 + warp_block * 16;
   if (p.grad_value.data != nullptr) {
+    if constexpr (kHasMask) {
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) grad_value[m][n][i] *= dropout.rescale;  // 1 without dropout
+        }
+      }
+    }
+
     const HeadRows<T> target(p.grad_value, batch, key_head, p.S, p.Ev);
-    key_tile.template store<kKeyBlocks>(grad_value, warp_block, target, warp_row);
+    key_tile.template store<kKeyBlocks, KeyOrder>(grad_value, warp_block, target, warp_row);
   }
   if (p.grad_key.data != nullptr) {
 #pragma unroll
@@ -326,15 +398,15 @@ __global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile>::kThrea
       }
     }
     const HeadRows<T> target(p.grad_key, batch, key_head, p.S, p.E);
-    key_tile.template store<kKeyBlocks>(grad_key, warp_block, target, warp_row);
+    key_tile.template store<kKeyBlocks, KeyOrder>(grad_key, warp_block, target, warp_row);
   }
 }
 
-template <class Arch, class T, int kHeadDim, class Tile>
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
 cudaError_t launch_flash_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Flash = FlashBackward<Arch, T, kHeadDim, Tile>;
+  using Flash = FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>;
   using Sweep = RowSweep<kHeadDim>;
-  constexpr auto kKernel = flash_backward_kernel<Arch, T, kHeadDim, Tile>;
+  constexpr auto kKernel = flash_backward_kernel<Arch, T, kHeadDim, Tile, kHasMask>;
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   const BlockOrder rows = Sweep::order(p);
   const dim3 row_grid(rows.grid_x(), rows.grid_y());
@@ -348,7 +420,8 @@ cudaError_t launch_flash_backward(const BackwardParams& p, cudaStream_t stream) 
   const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
   if (order.blocks() > 0) {
     if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-    kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order,
+    const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device
+    kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
                                                                                                     p.scale * kLog2E);
     if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
   }
@@ -359,11 +432,14 @@ cudaError_t launch_flash_backward(const BackwardParams& p, cudaStream_t stream) 
   return cudaSuccess;
 }
 
-// Head dims E and Ev from 1 to kHeadDim; neither attn_mask nor dropout yet. The sum over key tiles in dQ has no fixed
-// order, so `deterministic` is not honoured.
+// Head dims E and Ev from 1 to kHeadDim. The sums over key tiles in dQ and over tiles and heads in the mask's gradient
+// have no fixed order, so `deterministic` is not honoured.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
-  return launch_flash_backward<Arch, T, kHeadDim, FlashBackwardTile<kHeadDim>>(p, stream);
+  if (p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
+    return launch_flash_backward<Arch, T, kHeadDim, FlashBackwardTile<kHeadDim, false>, false>(p, stream);
+  }
+  return launch_flash_backward<Arch, T, kHeadDim, FlashBackwardTile<kHeadDim, true>, true>(p, stream);
 }
 
 }  // namespace sdpa

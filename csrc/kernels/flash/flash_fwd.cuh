@@ -15,18 +15,22 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "launch.h"
+#include "score_dropout.cuh"
+#include "score_mask.cuh"
 #include "tile.cuh"
 
 namespace sdpa {
 
 // 32 rows a warp rather than 16: a key or value fragment read from shared memory then feeds twice the mma, and shared
 // memory bandwidth is what a 16-row warp runs out of first.
-template <int kHeadDim>
+template <int kHeadDim, bool kHasMask>
 struct FlashForwardTile {
   static constexpr int kWarps = 4;
   static constexpr int kRowBlocks = 2;  // 16-row blocks of a warp
   static constexpr int kKeys = 64;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;  // at 128 the output fills them
+  static constexpr int kStep = kHasMask && kHeadDim != 64 ? 32 : kKeys;  // keys whose scores are in registers at once
+  static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 0 : 4;         // a row's mask entries in registers meanwhile
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64;              // at 128 the output fills them
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
   // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
   // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
@@ -34,7 +38,8 @@ struct FlashForwardTile {
   static constexpr bool kRecomputeAddresses = kHeadDim <= 32;
 };
 
-template <class Arch, class T, int kHeadDim, class Tile>
+// kHasMask: the variant for calls with a mask tensor or dropout.
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
 struct FlashForward {
   static constexpr int kThreads = Tile::kWarps * 32;
   static constexpr int kRowBlocks = Tile::kRowBlocks;
@@ -46,10 +51,17 @@ struct FlashForward {
 
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;  // of values too
+  using KeyOrder = std::conditional_t<kHasMask, ColumnRuns<kKeyTile>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   static constexpr int kSharedBytes = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
+  static_assert(!kHasMask || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
+
+  // The key in column n * 8 + lane % 4 * 2 + i % 2 of the scores.
+  static __device__ __forceinline__ int key(int lane, int n, int i) {
+    return KeyOrder::key(n * 8) + KeyOrder::key(lane % 4 * 2) + i % 2;
+  }
 };
 
 // The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
@@ -65,14 +77,14 @@ __device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row
   __syncwarp();
 }
 
-template <class Arch, class T, int kHeadDim, class Tile>
-__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThreads, Tile::kBlocksPerSm)
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
+__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask>::kThreads, Tile::kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
-                         const float scale_log2) {
-  using Flash = FlashForward<Arch, T, kHeadDim, Tile>;
+                         const __grid_constant__ Dropout dropout, const float scale_log2) {
+  using Flash = FlashForward<Arch, T, kHeadDim, Tile, kHasMask>;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
-  constexpr int kThreads = Flash::kThreads;
+  constexpr int kThreads = Flash::kThreads, kStep = Tile::kStep;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block.
@@ -80,7 +92,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThread
   if (!order.locate(tile_number, batch_head)) return;
   const int query_tiles = static_cast<int>(order.tiles);
   const int q0 = (query_tiles - 1 - tile_number) * Flash::kQueryTile;  // causal: the last tile is the longest
-  const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
+  const int heads = static_cast<int>(p.H);
+  if constexpr (kHasMask) batch_head = side_by_side(p, batch_head, heads);
+  int batch = batch_head / heads;
+  int head = batch_head % heads;
   int key_head = head / static_cast<int>(p.group);
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
 
@@ -91,15 +106,24 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThread
     return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
   };
   const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
-  const auto fetch_keys = [&](int tile) {
-    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head));
+  const auto fetch_keys = [&](int tile, int stage) {
+    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
-    key_tile(tile % Flash::kStages).template fill<kThreads>(key, tile * kKeyTile);
+    key_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
   };
-  const auto fetch_values = [&](int tile) {
-    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head));
+  const auto fetch_values = [&](int tile, int stage) {
+    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-    value_tile(tile % Flash::kStages).template fill<kThreads>(value, tile * kKeyTile);
+    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
+  };
+  // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
+  const auto next_tile = [&](int tile) {
+    if constexpr (kHasMask) {
+      while (range.matters(q0, tile * kKeyTile) && !any_key_takes_part<kKeyTile>(p, batch, head, tile * kKeyTile)) {
+        ++tile;
+      }
+    }
+    return tile;
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -107,9 +131,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThread
   const auto lane_offset = Flash::KeyTile::lane_offset();
 
   query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
-  if (range.matters(q0, 0)) {
-    fetch_keys(0);
-    fetch_values(0);
+  const int first_tile = next_tile(0);
+  if (range.matters(q0, first_tile * kKeyTile)) {
+    fetch_keys(first_tile, 0);
+    fetch_values(first_tile, 0);
   }
   cp_async_wait_all();
   __syncthreads();
@@ -124,82 +149,113 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThread
     }
   }
 
-  OnlineSoftmax<kRowBlocks> softmax(scale_log2);
+  OnlineSoftmax<kRowBlocks> softmax(kHasMask && mask_scales(p.mask_kind) ? 1.f : scale_log2);
   float output[kRowBlocks][kHeadDim / 8][4] = {};
 
-  for (int tile = 0; range.matters(q0, tile * kKeyTile); ++tile) {
-    const int k0 = tile * kKeyTile;
+  for (int tile = first_tile, next, parity = 0; range.matters(q0, tile * kKeyTile); tile = next, parity ^= 1) {
+    const int k0 = tile * kKeyTile, stage = kHasMask ? parity : tile % Flash::kStages;
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
     cp_async_wait_all();
     __syncthreads();
-    if (range.matters(q0, k0 + kKeyTile)) {
-      fetch_keys(tile + 1);
-      if constexpr (!Tile::kLateValues) fetch_values(tile + 1);
+    next = next_tile(tile + 1);
+    if (range.matters(q0, next * kKeyTile)) {
+      fetch_keys(next, stage ^ 1);
+      if constexpr (!Tile::kLateValues) fetch_values(next, stage ^ 1);
     }
 
-    // S = Q K^T
-    float scores[kRowBlocks][kKeyTile / 8][4] = {};
-    const auto keys = key_tile(tile % Flash::kStages);
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
-      if constexpr (!Tile::kQueryInRegisters) {
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+    const bool drops = kHasMask && p.dropout_p > 0.f;
+    uint32_t kept[kRowBlocks];
+#pragma unroll 1
+    for (int step = 0; step < kKeyTile / kStep; ++step) {
+      ScoreMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
+      if constexpr (kHasMask) {
+        asm volatile("" : "+r"(head), "+r"(batch));  // addresses start anew in each step
+        mask.read_early(p, batch, head, q0 + warp * Flash::kWarpRows + lane / 4,
+                        k0 + Flash::key(lane, step * (kStep / 8), 0));
       }
+
+      // S = Q K^T
+      float scores[kRowBlocks][kStep / 8][4] = {};
+      const auto keys = key_tile(stage);
 #pragma unroll
-      for (int n = 0; n < kKeyTile / 16; ++n) {
-        uint32_t b[4];
-        keys.load_b_transposed(b, lane_offset, n, k);
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
+        if constexpr (!Tile::kQueryInRegisters) {
 #pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
-          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+          for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
         }
-      }
-    }
-
-    if constexpr (Tile::kLateValues) {
-      if (range.matters(q0, k0 + kKeyTile)) fetch_values(tile + 1);
-    }
-
-    // What must not be attended to is replaced, so that no NaN in it survives.
-    if (range.is_partial(q0, k0)) {
-      const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
+        for (int n = 0; n < kStep / 16; ++n) {
+          uint32_t b[4];
+          keys.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
 #pragma unroll
-        for (int n = 0; n < kKeyTile / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8, col = n * 8 + lane % 4 * 2 + i % 2;
-            if (!limit.sees(row, col)) scores[m][n][i] = -INFINITY;
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+            Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
           }
         }
       }
-    }
 
-    softmax.see(scores, output);
-
-    // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
-    const auto values = value_tile(tile % Flash::kStages);
-#pragma unroll
-    for (int k = 0; k < kKeyTile / 16; ++k) {
-      uint32_t probability[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        softmax.exponentiate(scores[m][2 * k], m);
-        softmax.exponentiate(scores[m][2 * k + 1], m);
-        to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+      if constexpr (Tile::kLateValues) {
+        if (step == 0 && range.matters(q0, next * kKeyTile)) fetch_values(next, stage ^ 1);
       }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t b[4];
-        values.load_b(b, lane_offset, k, n);
+
+      if constexpr (kHasMask) {
+        asm volatile("" : "+r"(head), "+r"(batch));
+        mask.apply(scores, p, batch, head, q0 + warp * Flash::kWarpRows + lane / 4,
+                   k0 + Flash::key(lane, step * (kStep / 8), 0), scale_log2);
+      }
+
+      // What must not be attended to is replaced, so that no NaN in it survives.
+      if (range.is_partial(q0, k0)) {
+        const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-          Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+#pragma unroll
+          for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
+              if (!limit.sees(row, Flash::key(lane, step * (kStep / 8) + n, i))) scores[m][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+
+      softmax.see(scores, output);
+
+      if (drops && step == 0) {
+        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch_head, q0 / 16 + warp_block,
+                     (k0 + Flash::key(lane, 0, 0)) / 16);
+      }
+
+      // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
+      const auto values = value_tile(stage);
+#pragma unroll
+      for (int k = 0; k < kStep / 16; ++k) {
+        uint32_t probability[kRowBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          softmax.exponentiate(scores[m][2 * k], m);
+          softmax.exponentiate(scores[m][2 * k + 1], m);
+          if (drops) {  // the sums are those of all
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              if (!(kept[m] >> ((step * (kStep / 16) + k) * 8 + i) & 1)) scores[m][2 * k + i / 4][i % 4] = 0.f;
+            }
+          }
+          to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t b[4];
+          values.load_b(b, lane_offset, step * (kStep / 16) + k, n);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(output[m][2 * n], probability[m], b[0], b[1]);
+            Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+          }
         }
       }
     }
@@ -211,39 +267,47 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile>::kThread
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float logsumexp;
-      const float factor = softmax.finish(m, half, logsumexp);
+      float logsumexp, rest = 0.f;
+      float factor = kHasMask ? softmax.finish(m, half, logsumexp, rest) : softmax.finish(m, half, logsumexp);
+      if constexpr (kHasMask) factor *= dropout.rescale;  // 1 without dropout
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         output[m][n][2 * half] *= factor;
         output[m][n][2 * half + 1] *= factor;
       }
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      const bool writes = p.logsumexp != nullptr && lane % 4 == 0 && row < p.L;
-      if (writes) p.logsumexp[int64_t{batch_head} * p.L + row] = logsumexp;
+      const bool writes = lane % 4 == 0 && row < p.L;
+      const int64_t i = int64_t{batch_head} * p.L + row;
+      if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
+      if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }
   }
   query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
 }
 
-template <class Arch, class T, int kHeadDim, class Tile>
+template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
 cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  using Flash = FlashForward<Arch, T, kHeadDim, Tile>;
-  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, Tile>;
+  using Flash = FlashForward<Arch, T, kHeadDim, Tile, kHasMask>;
+  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, Tile, kHasMask>;
   const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
   const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   if (order.blocks() == 0) return cudaSuccess;
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   const float scale_log2 = p.scale == 0.f ? kLog2E : std::fabs(p.scale) * kLog2E;  // see fold_scale_sign
-  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, scale_log2);
+  const Dropout dropout = Dropout::make(p.dropout_p, 0);                           // the seed is on the device
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
+                                                                                                  scale_log2);
   return cudaGetLastError();
 }
 
-// Head dims E and Ev from 1 to kHeadDim; neither attn_mask nor dropout yet.
+// Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim>>(p, stream);
+  if (p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
+    return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim, false>, false>(p, stream);
+  }
+  return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim, true>, true>(p, stream);
 }
 
 }  // namespace sdpa

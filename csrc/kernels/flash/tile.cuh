@@ -82,6 +82,11 @@ struct LaneOffset {
   uint32_t rows_first, cols_first;
 };
 
+// Tile row r holds row r of what was copied. Other orders: score_mask.cuh.
+struct InOrder {
+  static __host__ __device__ constexpr int key(int row) { return row; }
+};
+
 // kRows x kCols elements of T, row after row, with the 16-byte chunks of a row permuted by the row number so that the
 // eight rows an ldmatrix phase reads at one column lie in eight different bank groups. `base` must be a multiple of
 // the row's bytes.
@@ -130,41 +135,44 @@ struct SharedTile {
     ldmatrix(r, block_address(lane.cols_first, row_block, col_block));
   }
 
-  // Fills the tile with rows [row0, row0 + kRows); what lies outside the operand becomes zero. Complete after
-  // cp_async_wait_all and a barrier.
-  template <int kThreads, class U>
+  // Fills the tile with rows [row0, row0 + kRows) in the given order, which must be a permutation of the row number's
+  // bits; what lies outside the operand becomes zero. Complete after cp_async_wait_all and a barrier.
+  template <int kThreads, class Order = InOrder, class U>
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     static_assert(kThreads % (8 * kChunksPerRow) == 0 || kThreads % kChunksPerRow == 0);
     constexpr int kRowStep = kThreads / kChunksPerRow;
     static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0);  // a thread keeps its column and its swizzle
     using Access = typename HeadRows<U>::Access;
-    const int chunk = threadIdx.x % kChunksPerRow, first = threadIdx.x / kChunksPerRow;
+    unsigned thread = threadIdx.x;
+    if constexpr (!std::is_same_v<Order, InOrder>) asm volatile("" : "+r"(thread));  // keeps addresses out of registers
+    const int chunk = thread % kChunksPerRow, first = thread / kChunksPerRow;
     const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
-    const int rows = source.rows - row0;
+    const int rows = source.rows - row0, first_key = Order::key(first);
     const uint32_t to = base + offset(first, chunk);
-    const U* from = source.data + int64_t{row0 + first} * source.row_stride + chunk * kChunkElements;
+    const U* from = source.data + int64_t{row0 + first_key} * source.row_stride + chunk * kChunkElements;
     if (source.access == Access::kChunk) {
 #pragma unroll
       for (int row = 0; row < kRows; row += kRowStep) {
-        cp_async<16>(to + row * kRowBytes, from, first + row < rows ? present * 2 : 0);
-        from += kRowStep * source.row_stride;
+        cp_async<16>(to + row * kRowBytes, from, first_key + Order::key(row) < rows ? present * 2 : 0);
+        from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
       }
     } else if (source.access == Access::kWord) {
 #pragma unroll 1
       for (int row = 0; row < kRows; row += kRowStep) {
-        const int bytes = first + row < rows ? present * 2 : 0;
+        const int bytes = first_key + Order::key(row) < rows ? present * 2 : 0;
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           cp_async<4>(to + row * kRowBytes + word * 4, from + word * 2, min(max(bytes - word * 4, 0), 4));
         }
-        from += kRowStep * source.row_stride;
+        from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
       }
     } else {
 #pragma unroll 1
       for (int row = 0; row < kRows; row += kRowStep) {
-        const bool inside = first + row < rows;
+        const int key = first_key + Order::key(row);
+        const bool inside = key < rows;
         store_shared_16(to + row * kRowBytes,
-                        inside ? read_chunk(source, row0 + first + row, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+                        inside ? read_chunk(source, row0 + key, chunk * kChunkElements) : uint4{0, 0, 0, 0});
       }
     }
   }
@@ -179,8 +187,9 @@ struct SharedTile {
   }
 
   // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on, to these rows of the tile and from
-  // there to global rows row0, row0 + 1, ... Nobody else may use these rows of the tile meanwhile.
-  template <int kBlocks, class U>
+  // there to global rows row0 + Order::key(0), row0 + Order::key(1), ... Nobody else may use these rows of the tile
+  // meanwhile.
+  template <int kBlocks, class Order = InOrder, class U>
   __device__ __forceinline__ void store(const float (&values)[kBlocks][kCols / 8][4], int row_block,
                                         const HeadRows<U>& target, int row0) const {
     const int lane = threadIdx.x % 32;
@@ -195,12 +204,13 @@ struct SharedTile {
       }
     }
     __syncwarp();
-    const int rows = min(target.rows - row0, kBlocks * 16);
+    const int rows = std::is_same_v<Order, InOrder> ? min(target.rows - row0, kBlocks * 16) : kBlocks * 16;
 #pragma unroll 1
     for (int i = lane; i < rows * kChunksPerRow; i += 32) {
-      const int row = i / kChunksPerRow, chunk = i % kChunksPerRow;
+      const int row = i / kChunksPerRow, chunk = i % kChunksPerRow, to = row0 + Order::key(row);
+      if (!std::is_same_v<Order, InOrder> && to >= target.rows) continue;
       const uint4 v = load_shared_16(base + offset(row_block * 16 + row, chunk));
-      write_chunk(target, row0 + row, chunk * kChunkElements, v);
+      write_chunk(target, to, chunk * kChunkElements, v);
     }
   }
 };

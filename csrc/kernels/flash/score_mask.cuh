@@ -1,0 +1,421 @@
+// The mask tensor, read in place: which keys a lane holds so that it can read its entries with wide loads, what they do
+// to the scores, and their gradient. Only the kernels' second variant (kHasMask) knows of it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "tile.cuh"
+
+namespace sdpa {
+
+// Which key stands in a row of a key or value tile. Attention does not care about the order of its keys, and the mma
+// layout scatters a lane's keys over the tile; these orders give a lane neighbouring keys, so that it reads its entries
+// of the mask with a few wide loads.
+//
+// Forward (keys are the columns of the scores): element i of accumulator n is key kRows / 4 * (lane % 4) + 2 n + i % 2.
+template <int kRows>
+struct ColumnRuns {
+  static __host__ __device__ constexpr int key(int row) { return row % 8 / 2 * (kRows / 4) + row / 8 * 2 + row % 2; }
+};
+// Backward (keys are the rows): element i of accumulators m is key 2 kBlocks * (lane / 4) + 2 m + i / 2 of its warp.
+template <int kBlocks>
+struct RowRuns {
+  static constexpr int kRun = 2 * kBlocks;
+  static __host__ __device__ constexpr int key(int row) {
+    return row / (16 * kBlocks) * (16 * kBlocks) + row % 8 * kRun + row % (16 * kBlocks) / 8;
+  }
+};
+
+// A bias lower than this, in powers of two, counts as this: the log2(e)-fold of a type's lowest value would be -inf,
+// which means "takes no part". So far down the scores are lost in rounding anyway. This value survives
+// float(float(x * ln 2) * log2 e), so that logsumexp_rest stays small in rows that are filled with the lowest value.
+constexpr float kLowestBias = -68719476736.f;
+constexpr float kLowestPlainBias = kLowestBias / 2.f;
+
+// kCount neighbouring entries of a row of the mask, packed as they lie in memory.
+template <class M, int kCount>
+struct MaskRun {
+  static constexpr int kBytes = kCount * static_cast<int>(sizeof(M));
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+  uint32_t words[(kBytes + 3) / 4];
+
+  __device__ __forceinline__ void read_wide(const M* from) {
+    if constexpr (kBytes == 2) {
+      words[0] = __ldg(reinterpret_cast<const unsigned short*>(from));
+    } else if constexpr (kBytes == 4) {
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(from));
+    } else if constexpr (kBytes == 8) {
+      const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    }
+  }
+
+  // One by one; those past `present` are not read and are zero.
+  __device__ __forceinline__ void gather(const M* from, int64_t stride, int present) {
+    constexpr int kBits = 8 * static_cast<int>(sizeof(M));
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      uint32_t bits = 0;
+      if (n < present) {
+        if constexpr (kBits == 8) {
+          bits = __ldg(reinterpret_cast<const unsigned char*>(from + n * stride));
+        } else if constexpr (kBits == 16) {
+          bits = __ldg(reinterpret_cast<const unsigned short*>(from + n * stride));
+        } else {
+          bits = __ldg(reinterpret_cast<const unsigned*>(from + n * stride));
+        }
+      }
+      const int word = n * kBits / 32, shift = n * kBits % 32;
+      words[word] = shift == 0 ? bits : words[word] | bits << shift;
+    }
+  }
+
+  // Whether no entry changes a score.
+  __device__ __forceinline__ bool keeps_all() const {
+    static_assert(sizeof(M) == 1);
+    bool all = true;
+#pragma unroll
+    for (const uint32_t word : words) all &= word == (kBytes == 2 ? 0x0101u : 0x01010101u);
+    return all;
+  }
+
+  // An entry of a bool mask.
+  __device__ __forceinline__ bool takes_part(int n) const { return (words[n / 4] & 0xffu << n % 4 * 8) != 0; }
+
+  // The lowest entry.
+
+  __device__ __forceinline__ float lowest() const {
+    if constexpr (sizeof(M) == 4) {
+      float x = __uint_as_float(words[0]);
+#pragma unroll
+      for (const uint32_t word : words) x = fminf(x, __uint_as_float(word));
+      return x;
+    } else {
+      using Pair = std::conditional_t<std::is_same_v<M, __half>, __half2, __nv_bfloat162>;
+      Pair x;
+      memcpy(&x, &words[0], sizeof(x));
+#pragma unroll
+      for (const uint32_t word : words) {
+        Pair y;
+        memcpy(&y, &word, sizeof(y));
+        x = __hmin2(x, y);
+      }
+      return fminf(static_cast<float>(x.x), static_cast<float>(x.y));
+    }
+  }
+
+  __device__ __forceinline__ float bias(int n) const {
+    if constexpr (sizeof(M) == 4) {
+      return __uint_as_float(words[n]);
+    } else {
+      const auto bits = static_cast<unsigned short>(words[n / 2] >> n % 2 * 16);
+      M entry;
+      memcpy(&entry, &bits, sizeof(M));
+      return static_cast<float>(entry);
+    }
+  }
+
+  // The score with this entry: as it was for a bool mask, an exponent of two for a float mask. -inf takes no part,
+  // whatever the score was, NaN too. kPlain: no entry is below kLowestPlainBias.
+  template <bool kPlain>
+  __device__ __forceinline__ float apply(float score, float scale_log2, int n) const {
+    if constexpr (sizeof(M) == 1) {
+      return takes_part(n) ? score : -INFINITY;
+
+    } else if constexpr (kPlain) {
+      return fmaf(score, scale_log2, bias(n) * kLog2E);
+    } else {
+      const float exponent = bias(n) * kLog2E;
+      const float sum = fmaf(score, scale_log2, exponent < kLowestBias ? kLowestBias : exponent);
+      return bias(n) == -INFINITY ? -INFINITY : sum;
+    }
+  }
+};
+
+// The mask of one (batch, head).
+template <class M>
+struct HeadMask {
+  const M* data;
+  int64_t query_stride, key_stride;
+  int L, S;
+
+  __device__ __forceinline__ HeadMask(const ForwardParams& p, int batch, int head)
+      : data(static_cast<const M*>(p.attn_mask.data) + batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1]),
+        query_stride(p.attn_mask.stride[2]),
+        key_stride(p.attn_mask.stride[3]),
+        L(static_cast<int>(p.L)),
+        S(static_cast<int>(p.S)) {}
+
+  // Whether every run of `bytes` whose first key is a multiple of its length may be read at once.
+  __device__ __forceinline__ bool is_aligned(int bytes) const {
+    const auto bits = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(query_stride * sizeof(M));
+    return key_stride == 1 && bits % bytes == 0;
+  }
+  // Run n is that of query + offset(n), and offset grows. A query past the last gets the last one's entries: what
+  // becomes of its scores is nobody's concern.
+  template <int kCount, int kRuns, class Offset>
+  __device__ __forceinline__ void read(MaskRun<M, kCount> (&run)[kRuns], int query, int key, Offset offset) const {
+    if (is_aligned(kCount * sizeof(M)) && key + kCount <= S && query + offset(kRuns - 1) < L) {
+      const M* const from = data + query * query_stride + key;
+#pragma unroll
+      for (int n = 0; n < kRuns; ++n) run[n].read_wide(from + offset(n) * query_stride);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kRuns; ++n) {
+        const M* const from = data + min(query + offset(n), L - 1) * query_stride + key * key_stride;
+        run[n].gather(from, key_stride, S - key);
+      }
+    }
+  }
+};
+
+// Calls f with a null pointer of the mask's element type; with a null pointer to void if there is no mask.
+template <class F>
+__device__ __forceinline__ void with_mask_type(MaskKind kind, F f) {
+  switch (kind) {
+    case MaskKind::kBool:
+      return f(static_cast<const uint8_t*>(nullptr));
+    case MaskKind::kFloat16:
+      return f(static_cast<const __half*>(nullptr));
+    case MaskKind::kBFloat16:
+      return f(static_cast<const __nv_bfloat16*>(nullptr));
+    case MaskKind::kFloat32:
+      return f(static_cast<const float*>(nullptr));
+    default:
+      return f(static_cast<const void*>(nullptr));
+  }
+}
+
+// A bool mask that is the same for every query (key padding): whether any of the keys [key, key + kKeys) takes part.
+// True for every other mask. All lanes of a warp must ask together.
+template <int kKeys>
+__device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int batch, int head, int key) {
+  if (p.mask_kind != MaskKind::kBool || p.attn_mask.stride[2] != 0) return true;
+  const HeadMask<uint8_t> mask(p, batch, head);
+  bool any = false;
+#pragma unroll
+  for (int n = 0; n < kKeys; n += 32) {
+    const int k = key + n + static_cast<int>(threadIdx.x % 32);
+    any |= k < mask.S && mask.data[k * mask.key_stride] != 0;
+  }
+  return __any_sync(0xffffffffu, any);
+}
+
+// Whether masked scores are exponents of two already.
+__device__ __forceinline__ bool mask_scales(MaskKind kind) {
+  return kind != MaskKind::kNone && kind != MaskKind::kBool;
+}
+
+// True if all of a warp's runs are plain in the sense of MaskRun::apply.
+template <class M, int kCount, int kRuns>
+__device__ __forceinline__ bool are_plain(const MaskRun<M, kCount> (&run)[kRuns]) {
+  float lowest = run[0].lowest();
+#pragma unroll
+  for (int n = 1; n < kRuns; ++n) lowest = fminf(lowest, run[n].lowest());
+  return __all_sync(0xffffffffu, lowest > kLowestPlainBias);
+}
+
+// A mask that all batches share is read from memory once, and its gradient written once, if the blocks of one head and
+// all batches run side by side. Gives the batch and head of the number-th block: batch * heads + head.
+__device__ __forceinline__ int side_by_side(const ForwardParams& p, int number, int heads) {
+  if (p.attn_mask.stride[0] != 0 || p.attn_mask.stride[1] == 0) return number;
+  const int batches = static_cast<int>(p.B);
+  return number % batches * heads + number / batches;
+}
+
+// Forward: this lane's entries for one step's scores. They are read before the step's product, so that the loads are
+// on their way meanwhile, unless they take more than kEarlyWords registers a row.
+template <int kRowBlocks, int kCols, int kEarlyWords>
+struct ScoreMask {
+  static constexpr int kRuns = 2 * kRowBlocks, kKeys = 2 * kCols;
+  uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
+
+  template <class M>
+  static constexpr bool kIsEarly = kKeys * sizeof(M) <= kEarlyWords * 4;
+
+  static __device__ __forceinline__ constexpr int offset(int n) { return n * 8; }
+
+  // `query` and `key` are this lane's first.
+  __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
+    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
+      if constexpr (!std::is_void_v<M>) {
+        if constexpr (kIsEarly<M>) {
+          MaskRun<M, kKeys> run[kRuns];
+          HeadMask<M>(p, batch, head).read(run, query, key, offset);
+#pragma unroll
+          for (int n = 0; n < kRuns; ++n) memcpy(words[n], run[n].words, sizeof(run[n].words));
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4], const ForwardParams& p, int batch,
+                                        int head, int query, int key, float scale_log2) const {
+    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
+      if constexpr (!std::is_void_v<M>) {
+        constexpr int kWidest = sizeof(M) == 1 ? 8 : 16 / sizeof(M);
+        constexpr int kCount = kIsEarly<M> || kWidest > kKeys ? kKeys : kWidest;
+#pragma unroll
+        for (int first = 0; first < kKeys; first += kCount) {
+          MaskRun<M, kCount> run[kRuns];
+          if constexpr (kIsEarly<M>) {
+#pragma unroll
+            for (int n = 0; n < kRuns; ++n) memcpy(run[n].words, words[n], sizeof(run[n].words));
+          } else {
+            HeadMask<M>(p, batch, head).read(run, query, key + first, offset);
+          }
+          const auto each = [&]<bool kPlain>(std::bool_constant<kPlain>) {
+#pragma unroll
+            for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+              for (int n = 0; n < kCount; ++n) {
+                float& score = scores[row / 2][(first + n) / 2][row % 2 * 2 + n % 2];
+                score = run[row].template apply<kPlain>(score, scale_log2, n);
+              }
+            }
+          };
+          if constexpr (sizeof(M) == 1) {
+            bool all = true;
+#pragma unroll
+            for (int row = 0; row < kRuns; ++row) all &= run[row].keeps_all();
+            if (!__all_sync(0xffffffffu, all)) each(std::true_type());
+          } else if (are_plain(run)) {
+            each(std::true_type());
+          } else {
+            each(std::false_type());
+          }
+        }
+      }
+    });
+  }
+};
+
+// Backward: this lane's entries for one step of transposed scores. They are read before the step's products, so that
+// the loads are on their way meanwhile, unless they would take too many registers.
+template <int kKeyBlocks, int kCols, int kEarlyWords>
+struct TransposedMask {
+  static constexpr int kRuns = 2 * kCols, kCount = 2 * kKeyBlocks;
+  uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
+
+  template <class M>
+  static constexpr bool kIsEarly = kCount * sizeof(M) <= kEarlyWords * 4;
+
+  static __device__ __forceinline__ constexpr int offset(int n) { return n / 2 * 8 + n % 2; }
+
+  // `query` and `key` are this lane's first.
+  __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
+    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
+      if constexpr (!std::is_void_v<M>) {
+        if constexpr (kIsEarly<M>) {
+          MaskRun<M, kCount> run[kRuns];
+          HeadMask<M>(p, batch, head).read(run, query, key, offset);
+#pragma unroll
+          for (int n = 0; n < kRuns; ++n) memcpy(words[n], run[n].words, sizeof(run[n].words));
+        }
+      }
+    });
+  }
+
+  // log2 of P^T from scores. lse and rest are those of this lane's first query.
+  __device__ __forceinline__ void log2_probability(float (&scores)[kKeyBlocks][kCols][4], const ForwardParams& p,
+                                                   int batch, int head, int query, int key, float scale_log2,
+                                                   const float* lse, const float* rest) const {
+    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
+      const auto each = [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < kCols; ++n) {
+          const float2 row_lse = *reinterpret_cast<const float2*>(lse + n * 8);
+          const float2 row_rest = *reinterpret_cast<const float2*>(rest + n * 8);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              f(scores[m][n][i], 2 * n + i % 2, 2 * m + i / 2, i % 2 == 0 ? row_lse.x : row_lse.y,
+                i % 2 == 0 ? row_rest.x : row_rest.y);
+            }
+          }
+        }
+      };
+      if constexpr (std::is_void_v<M>) {
+        each([&](float& score, int, int, float lse, float) { score = fmaf(score, scale_log2, -lse); });
+      } else {
+        MaskRun<M, kCount> run[kRuns];
+        if constexpr (kIsEarly<M>) {
+#pragma unroll
+          for (int n = 0; n < kRuns; ++n) memcpy(run[n].words, words[n], sizeof(run[n].words));
+        } else {
+          HeadMask<M>(p, batch, head).read(run, query, key, offset);
+        }
+        if constexpr (sizeof(M) == 1) {
+          each([&](float& score, int n, int entry, float lse, float) {
+            score = run[n].takes_part(entry) ? fmaf(score, scale_log2, -lse) : -INFINITY;
+          });
+        } else if (are_plain(run)) {
+          each([&](float& score, int n, int entry, float lse, float rest) {
+            score = run[n].template apply<true>(score, scale_log2, entry) - lse - rest;
+          });
+        } else {
+          each([&](float& score, int n, int entry, float lse, float rest) {
+            score = run[n].template apply<false>(score, scale_log2, entry) - lse - rest;
+          });
+        }
+      }
+    });
+  }
+};
+
+// Adds a tile of dS^T to the mask's gradient. It comes from shared memory, where a lane can take the keys that let a
+// warp add to 128 bytes in a row. What the mask broadcasts over is summed up first, as far as it lies in the tile.
+template <class T, int kWarps, class KeyOrder, class ScoreTile>
+__device__ __forceinline__ void add_mask_gradient(const ScoreTile& tile, const BackwardParams& p, int batch, int head,
+                                                  int q0, int k0) {
+  constexpr int kKeyGroups = ScoreTile::kRows / 32, kShares = kWarps / kKeyGroups;
+  static_assert(kKeyGroups * kShares == kWarps);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = warp % kKeyGroups * 32 + lane, key = k0 + KeyOrder::key(row);
+  const int64_t query_stride = p.grad_mask_stride[2], key_stride = p.grad_mask_stride[3];
+  float* const to =
+      p.grad_mask + batch * p.grad_mask_stride[0] + head * p.grad_mask_stride[1] + int64_t{key} * key_stride;
+  const auto warp_sum = [](float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
+  };
+  // dS is zero outside L x S.
+  float total = 0.f;
+#pragma unroll 1
+  for (int chunk = warp / kKeyGroups; chunk < ScoreTile::kChunksPerRow; chunk += kShares) {
+    const uint4 v = load_shared_16(tile.base + ScoreTile::offset(row, chunk));
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const int query = q0 + chunk * kChunkElements + i;
+      const float2 pair = unpack<T>(words[i / 2]);
+      const float x = i % 2 == 0 ? pair.x : pair.y;
+      if (query_stride == 0) {
+        total += x;
+      } else if (key_stride == 0) {
+        const float sum = warp_sum(x);
+        if (lane == 0 && query < p.L) atomicAdd(to + query * query_stride, sum);
+      } else if (query < p.L && key < p.S) {
+        atomicAdd(to + query * query_stride, x);
+      }
+    }
+  }
+  if (query_stride != 0) return;
+  if (key_stride == 0) total = warp_sum(total);
+  if (key_stride == 0 ? lane == 0 : key < p.S) atomicAdd(to, total);
+}
+
+}  // namespace sdpa
