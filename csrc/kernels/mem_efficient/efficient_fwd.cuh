@@ -69,10 +69,11 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
   const int key_end = mask.key_end(first_query + Tile::kRows);
   for (int first_key = 0; first_key < key_end; first_key += Tile::kColumns) {
     const bool is_masked = !mask.passes(first_query, first_query + Tile::kRows, first_key, first_key + Tile::kColumns);
+    if (is_masked) stage_mask<false, Tile>(probability_tile, mask, first_query, first_key);
+
     // Scores. A query tile that is one chunk wide stays where it is.
     Scores<Tile> score = {};
     if constexpr (Tile::kIsNarrow) {
-      if (is_masked) stage_mask<false, Tile>(probability_tile, mask, first_query, first_key);
       keys.store_transposed(key_tile);
       values.store_rows(value_tile);
       __syncthreads();  // also: nobody reads the other two tiles any more
@@ -87,10 +88,8 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
         stage_transposed<Tile, Tile::kColumns>(key_tile, key, first_key, e);
         __syncthreads();
         multiply_scores(score, t, query_tile, key_tile, query.cols - e);
-        if (query.cols > kHeadDim) carry_scores(score, t, probability_tile, e > 0, query.cols - e > kHeadDim);
         __syncthreads();
       }
-      if (is_masked) stage_mask<false, Tile>(probability_tile, mask, first_query, first_key);
     }
     scale_and_mask(score, t, p.scale, is_masked, probability_tile);
 

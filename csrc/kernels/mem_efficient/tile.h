@@ -328,32 +328,6 @@ __device__ __forceinline__ void store_scores(float* scores, const Tile& t, const
   }
 }
 
-// Between the chunks of a wide E a thread's scores wait where it stores them, so that each chunk is summed up by itself
-// before it joins the others.
-template <class Tile>
-__device__ __forceinline__ void carry_scores(Scores<Tile>& score, const Tile& t, float* scores, bool has_more_before,
-                                             bool has_more_behind) {
-#pragma unroll
-  for (int j = 0; j < Tile::kColumnsOwned; ++j) {
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      float4& waiting = score_quad(scores, t, j, g);
-      float* const rows[4] = {&score[4 * g][j], &score[4 * g + 1][j], &score[4 * g + 2][j], &score[4 * g + 3][j]};
-      if (has_more_before) {
-        *rows[0] += waiting.x;
-        *rows[1] += waiting.y;
-        *rows[2] += waiting.z;
-        *rows[3] += waiting.w;
-      }
-      if (has_more_behind) {
-        waiting = {*rows[0], *rows[1], *rows[2], *rows[3]};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) *rows[i] = 0.f;
-      }
-    }
-  }
-}
-
 // Makes 0 of every score of the warp's rows that carries a minus sign.
 template <class Tile>
 __device__ __forceinline__ void drop_negative(float* scores) {
