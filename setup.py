@@ -68,11 +68,7 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
 
 def all_archs(version: tuple[int, int]) -> str:
     """All chips that we have kernels for and this nvcc can compile for, with PTX for the newest."""
-    archs = ["7.0"] if version < (13, 0) else []
-    archs += ["7.5", "8.0", "8.6", "8.9", "9.0"]
-    if version >= (12, 8):
-        archs += ["10.0", "12.0"]
-    return ";".join(archs) + "+PTX"
+    return ("7.0;" if version < (13, 0) else "") + "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 def find_cuda(torch: object) -> Cuda | str:

@@ -75,10 +75,12 @@ def test_chips_of_each_path(v, all_paths):
             and (all_paths or not newer)
         )
 
-    def runs(code, target):  # machine code runs on its own chip, and unless specific on later ones of its generation
+    # Machine code runs on its own chip, and unless specific on later ones of its generation; PTX on every later one.
+    def runs(code, target):
         if code.suffix:
             return (code.capability, code.suffix) == (target.capability, target.suffix)
-        return code.capability <= target.capability and code.capability // 10 == target.capability // 10
+        same_generation = code.capability // 10 == target.capability // 10
+        return code.capability <= target.capability and (code.ptx or same_generation)
 
     for target in targets:
         assert any(runs(code, target) for code in chosen) or not wants(target), target
@@ -265,7 +267,7 @@ def test_cuda_for_an_arch_list(setup_py, monkeypatch, choice):
 def test_cuda_for_all_chips(setup_py, monkeypatch):
     monkeypatch.setenv("SDPA_CUDA", "1")
     assert setup_py.find_cuda(torch_of()).archs == setup_py.all_archs((12, 8))
-    for version, has, has_not in ((12, 4), "7.0", "10.0"), ((12, 8), "12.0+PTX", None), ((13, 0), "12.0+PTX", "7.0"):
+    for version, has, has_not in ((12, 4), "7.0", "10.0"), ((12, 8), "7.0", "10.0"), ((13, 0), "9.0+PTX", "7.0"):
         archs = setup_py.all_archs(version).split(";")
         assert has in archs and has_not not in archs and archs[-1].endswith("+PTX")
 

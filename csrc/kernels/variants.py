@@ -95,10 +95,12 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
 
 
 def machine_code_for(path: int, target: Target) -> Target:
-    """What is compiled for a chip. The sm80 path is sm80's machine code on sm86, sm87 and sm89 too, which run it:
-    it uses nothing newer, and ptxas spills registers when it schedules the flash backward for sm86."""
+    """What is compiled for a chip. ptxas 13.0 spills registers when it schedules the sm80 path for any chip but sm80
+    and sm90, so sm86, sm87 and sm89 get sm80's machine code, which they run, and newer chips than Hopper its PTX."""
     if path == 80 and target.capability // 10 == 8:
         return Target(80, "", target.ptx)
+    if path == 80 and target.capability >= 100:
+        return Target(90, "", True)
     return target
 
 
