@@ -67,6 +67,8 @@ void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step ste
   const auto broadcast = [&](int64_t dim) { return call.key.stride(dim) == 0 || call.value.stride(dim) == 0; };
   int64_t heads = std::clamp<int64_t>(budget / (shape.group * rows * shape.S), 1, shape.key_heads);
   if (broadcast(1)) heads = 1;
+  const int64_t steps = (shape.key_heads + heads - 1) / heads;
+  heads = (shape.key_heads + steps - 1) / steps;  // of even size
   int64_t batches = 1;
   if (heads == shape.key_heads && !broadcast(0)) {
     batches = std::clamp<int64_t>(budget / (shape.H * rows * shape.S), 1, shape.B);
@@ -86,23 +88,27 @@ void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step ste
   }
 }
 
-// (batches * key_heads, group * rows, D) of a (B, H, L, D) tensor.
-Tensor query_side(const Tensor& t, const Chunk& c, int64_t group) {
-  return t.narrow(0, c.batch, c.batches)
-      .narrow(1, c.key_head * group, c.key_heads * group)
-      .narrow(2, c.row, c.rows)
-      .reshape({c.batches * c.key_heads, group * c.rows, t.size(3)});
+// Some batches, heads and rows of a 4-dim tensor: one view instead of three, which on a GPU is host time that counts.
+Tensor part_of(const Tensor& t, int64_t batch, int64_t batches, int64_t head, int64_t heads, int64_t row,
+               int64_t rows) {
+  const int64_t offset = batch * t.stride(0) + head * t.stride(1) + row * t.stride(2);
+  return t.as_strided({batches, heads, rows, t.size(3)}, t.strides(), t.storage_offset() + offset);
 }
-// (batches * key_heads, columns, D) of a (B, key heads, S, D) tensor.
-Tensor key_side(const Tensor& t, const Chunk& c) {
-  return t.narrow(0, c.batch, c.batches)
-      .narrow(1, c.key_head, c.key_heads)
-      .narrow(2, 0, c.columns)
-      .reshape({c.batches * c.key_heads, c.columns, t.size(3)});
-}
-// The chunk of a (B, H, L, D) result as (batches, key_heads * group, rows, D), a view to write to.
+// The chunk of a (B, H, L, D) tensor: (batches, key_heads * group, rows, D), a view.
 Tensor query_view(const Tensor& t, const Chunk& c, int64_t group) {
-  return t.narrow(0, c.batch, c.batches).narrow(1, c.key_head * group, c.key_heads * group).narrow(2, c.row, c.rows);
+  return part_of(t, c.batch, c.batches, c.key_head * group, c.key_heads * group, c.row, c.rows);
+}
+// The same as (batches * key_heads, group * rows, D).
+Tensor query_side(const Tensor& t, const Chunk& c, int64_t group) {
+  return query_view(t, c, group).reshape({c.batches * c.key_heads, group * c.rows, t.size(3)});
+}
+// Of a (B, key heads, S, D) tensor: (batches, key_heads, columns, D), a view.
+Tensor key_view(const Tensor& t, const Chunk& c, int64_t columns) {
+  return part_of(t, c.batch, c.batches, c.key_head, c.key_heads, 0, columns);
+}
+// The same as (batches * key_heads, columns, D).
+Tensor key_side(const Tensor& t, const Chunk& c) {
+  return key_view(t, c, c.columns).reshape({c.batches * c.key_heads, c.columns, t.size(3)});
 }
 
 // Dims that were expanded go back to size 1, so that elementwise work on a broadcast mask is not multiplied.
@@ -306,9 +312,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
       [&](const Chunk& c) {
         const auto store = [&](const Tensor& to, const Tensor& sum) {
           if (!to.defined()) return;
-          to.narrow(0, c.batch, c.batches)
-              .narrow(1, c.key_head, c.key_heads)
-              .copy_(sum.view({c.batches, c.key_heads, shape.S, to.size(3)}));
+          key_view(to, c, shape.S).copy_(sum.view({c.batches, c.key_heads, shape.S, to.size(3)}));
         };
         store(grads.key, grad_key);
         store(grads.value, grad_value);
