@@ -131,6 +131,12 @@ def test_explanation_data():
     assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
 
 
+def test_bytes_count_leading_dims_that_do_not_fold():
+    query, key = torch.empty(5, 2, 4, 16, 64), torch.empty(2, 4, 24, 64)
+    key = key.expand(5, 2, 4, 24, 64)  # stride 0 and another: not one batch dim
+    assert explain(query, key, key).math_matrix_bytes == 5 * 2 * 4 * 16 * 24 * 4
+
+
 def test_scratch_of_the_large_call_is_bounded():
     tensors = [torch.empty(1, 32, 16384, 64, dtype=HALF, device="meta") for _ in range(3)]
     found = explain(*tensors, capability=(9, 0))

@@ -2,6 +2,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <functional>
+#include <numeric>
+
 #include "ops/attention.h"
 #include "ops/inputs.h"
 #include "registry.h"
@@ -30,6 +33,10 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, 
     call.dropout_p = dropout_p;
     problem = describe(call, {grad_wanted, grad_wanted && mask.defined() && mask.requires_grad()});
   });
+  // All leading dims, also where the op walks over the outer ones because their strides do not fold.
+  if (in.lead.size() > 2) {
+    problem.B = std::accumulate(in.lead.begin(), in.lead.end() - 1, int64_t{1}, std::multiplies<int64_t>());
+  }
   if (capability) {
     problem.device_type = DeviceType::kCUDA;
     problem.capability = problem.device_capability = *capability;
