@@ -237,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
 #endif
     };
     const Tensor full_mask_grad = grad_mask.defined() ? grad_mask.expand(in.shape({in.L, in.S})) : Tensor();
-    for_each_4d({in.query, in.key, in.value, in.attn_mask, grad_output, output, with_column(logsumexp),
-                 with_column(logsumexp_rest), grads[0], grads[1], grads[2], full_mask_grad},
+    for_each_4d({in.query, in.key, in.value, in.attn_mask, grad_output, output, with_column(logsumexp.contiguous()),
+                 with_column(logsumexp_rest.contiguous()), grads[0], grads[1], grads[2], full_mask_grad},
                 0, step);
   }
   const auto finish = [&](int i) {
