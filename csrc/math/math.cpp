@@ -215,14 +215,15 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   Tensor key, value;
   for_chunks(
-      call, kForwardBytesPerScore, [](const Chunk&) {},
+      call, kForwardBytesPerScore,
       [&](const Chunk& c) {
-        if (c.row == 0 || call.is_causal) {
-          key = key_side(call.key, c).to(type);
-          value = key_side(call.value, c).to(type);
-        }
+        key = key_side(call.key, c).to(type);
+        value = key_side(call.value, c).to(type);
+      },
+      [&](const Chunk& c) {
         const Tensor query = query_side(call.query, c, shape.group).to(type);
-        const Tensor scores = scores_of(call, mask, c, query, key, shape.group);
+        const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
+        const Tensor scores = scores_of(call, mask, c, query, k, shape.group);
         Tensor probs = at::softmax(scores, -1);
         Tensor highest;
         if (mask.defined() || logsumexp.defined()) highest = scores.amax(-1, /*keepdim=*/true);
@@ -236,7 +237,7 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
           probs.mul_(keep_of(call, c, shape)).mul_(dropout_rescale(call.dropout_p));
         }
         const int64_t heads = c.batches * c.key_heads;
-        Tensor out = product(probs.view({heads, shape.group * c.rows, c.columns}).to(type), value)
+        Tensor out = product(probs.view({heads, shape.group * c.rows, c.columns}).to(type), v)
                          .view({c.batches, c.key_heads * shape.group, c.rows, output.size(3)});
         if (mask.defined()) out.masked_fill_(highest == kNegInf, 0);
         query_view(output, c, shape.group).copy_(out);
