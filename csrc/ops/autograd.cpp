@@ -87,10 +87,6 @@ void need_math(int64_t backends, const char* what) {
               " goes through the math backend, which is disabled. Enable it: sdpa.sdpa_kernel(sdpa.SDPBackend.MATH)");
 }
 
-double scale_of(const Tensor& query, std::optional<double> scale) {
-  return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(query.size(-1), 1))));
-}
-
 Forward forward_autograd(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
                          double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
                          int64_t backends, bool grad_wanted, bool mask_grad_wanted) {

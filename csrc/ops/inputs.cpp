@@ -105,6 +105,10 @@ bool Inputs::empty() const {
   return L == 0 || std::any_of(lead.begin(), lead.end(), [](int64_t n) { return n == 0; });
 }
 
+double scale_of(const Tensor& query, std::optional<double> scale) {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(query.size(-1), 1))));
+}
+
 Inputs check(const Arguments& a) {
   TORCH_CHECK(a.query.dim() >= 2 && a.key.dim() >= 2 && a.value.dim() >= 2,
               "scaled_dot_product_attention: query, key and value need 2 dims or more, got ", sizes_of(a));
@@ -122,8 +126,7 @@ Inputs check(const Arguments& a) {
   in.E = a.query.size(-1);
   in.S = a.key.size(-2);
   in.Ev = a.value.size(-1);
-  // E = 0: every score is 0 whatever the scale.
-  in.scale = a.scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max<int64_t>(in.E, 1))));
+  in.scale = scale_of(a.query, a.scale);
   TORCH_CHECK(a.key.size(-1) == in.E, "scaled_dot_product_attention: query and key must have the same head dim E, got ",
               in.E, " and ", a.key.size(-1), " (", sizes_of(a), ")");
   TORCH_CHECK(a.value.size(-2) == in.S, "scaled_dot_product_attention: key and value must have the same length S, got ",

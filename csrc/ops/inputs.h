@@ -31,6 +31,9 @@ struct Inputs {
   bool empty() const;  // no output element
 };
 
+// The scale of a call: 1 / sqrt(E) unless given. E = 0: any, since every score is 0.
+double scale_of(const at::Tensor& query, std::optional<double> scale);
+
 // Throws what is wrong, with the offending values.
 Inputs check(const Arguments& arguments);
 
