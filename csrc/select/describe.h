@@ -15,7 +15,7 @@ inline std::string got_dtype(const Problem& p) {
   return name(p.dtype);
 }
 inline std::string got_capability(const Problem& p) {
-  return "sm" + std::to_string(p.capability);
+  return p.device_type == DeviceType::kCUDA ? "sm" + std::to_string(p.capability) : "no GPU";
 }
 inline std::string got_head_dims(const Problem& p) {
   return "E=" + std::to_string(p.E) + ", Ev=" + std::to_string(p.Ev);
