@@ -7,21 +7,32 @@ namespace sdpa {
 
 #include "variants.inc"
 
+// Flash's kernels serve the memory-efficient backend as well, where they take the call and add in the order asked for:
+// they too hold no more than O(B H L).
+static bool serves(const Variant& v, Backend backend, const Problem& p) {
+  if (v.backend == Backend::kFlash) {
+    // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
+    if (v.head_dim < std::max(p.E, p.Ev)) return false;
+    return backend == Backend::kFlash || (backend == Backend::kEfficient && !(p.deterministic && p.grad_wanted));
+  }
+  return v.backend == backend;
+}
+
+// The newest path first, then tensor cores, then the narrowest tile that holds a row, or else the widest.
+static bool better(const Variant& a, const Variant& b, int64_t width) {
+  if (a.path != b.path) return a.path > b.path;
+  if (a.backend != b.backend) return a.backend == Backend::kFlash;
+  const bool a_fits = a.head_dim >= width, b_fits = b.head_dim >= width;
+  if (a_fits != b_fits) return a_fits;
+  return a_fits ? a.head_dim < b.head_dim : a.head_dim > b.head_dim;
+}
+
 const Variant* find_variant(Backend backend, bool backward, const Problem& problem) {
   const int64_t width = std::max(problem.E, problem.Ev);
   const Variant* best = nullptr;
   for (const Variant& v : variants()) {
-    if (v.backend != backend || v.backward != backward || v.dtype != problem.dtype || v.path > problem.capability)
-      continue;
-    // Memory-efficient kernels walk over head dims wider than their tile; flash kernels hold a row in one tile.
-    if (backend == Backend::kFlash && v.head_dim < width) continue;
-    if (best != nullptr) {
-      const bool v_fits = v.head_dim >= width, best_fits = best->head_dim >= width;
-      const bool better_width =
-          v_fits != best_fits ? v_fits : (v_fits ? v.head_dim < best->head_dim : v.head_dim > best->head_dim);
-      if (v.path < best->path || (v.path == best->path && !better_width)) continue;
-    }
-    best = &v;
+    if (v.backward != backward || v.dtype != problem.dtype || v.path > problem.capability) continue;
+    if (serves(v, backend, problem) && (best == nullptr || better(v, *best, width))) best = &v;
   }
   if (best == nullptr || problem.hypothetical || best->compiled_for(problem.device_capability)) return best;
   return nullptr;

@@ -19,6 +19,7 @@ HEADER = {
     ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
 }
+MATH_KERNELS = ("dropout_mask", "softmax_rows")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ VARIANTS = [
     for path, dtypes, head_dims in (
         (70, ("float32", "float16"), (32, 64, 128)),
         (75, ("float32", "float16"), (64,)),  # 64 KB of shared memory
-        (80, ("float32", "float16", "bfloat16"), (32, 64, 128)),
+        (80, ("float32",), (32, 64, 128)),
+        (80, ("float16", "bfloat16"), (128,)),  # for what flash's kernels do not take
     )
     for dtype in dtypes
     for head_dim in head_dims
@@ -84,13 +86,19 @@ class Target:
 def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list[Target]:
     """The chips for which this code path is compiled: those whose newest path it is, or all that can run it."""
     paths = {v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)}
-    chosen: dict[tuple[int, str], Target] = {}
+    chosen = []
     for target in targets:
         usable = [p for p in paths if p <= target.capability]
         if usable and (variant.path == max(usable) or (all_paths and variant.path in usable)):
-            code = machine_code_for(variant.path, target)
-            same = chosen.get((code.capability, code.suffix), code)
-            chosen[code.capability, code.suffix] = Target(code.capability, code.suffix, code.ptx or same.ptx)
+            chosen.append(machine_code_for(variant.path, target))
+    return merged(chosen)
+
+
+def merged(targets: list[Target]) -> list[Target]:
+    chosen: dict[tuple[int, str], Target] = {}
+    for target in targets:
+        same = chosen.get((target.capability, target.suffix), target)
+        chosen[target.capability, target.suffix] = Target(target.capability, target.suffix, target.ptx or same.ptx)
     return list(chosen.values())
 
 
@@ -143,16 +151,18 @@ def main() -> None:
             )
             flags = tuple(flag for target in compiled for flag in target.gencode)
             groups.setdefault(flags, []).append(source.as_posix())
-        chips = ", ".join(f"{{{t.capability}, {cpp_bool(t.suffix == 'a')}, {cpp_bool(t.ptx)}}}" for t in compiled)
+        listed = ", ".join(f"{{{t.capability}, {cpp_bool(t.suffix == 'a')}, {cpp_bool(t.ptx)}}}" for t in compiled)
         forward, backward = (launch, "nullptr") if v.direction == "forward" else ("nullptr", launch)
         rows.append(
             f'{{"{v.name}", Backend::k{v.backend.capitalize()}, {cpp_bool(v.direction == "backward")}, {v.path}, '
-            f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {forward}, {backward}, {{{chips}}}}},"
+            f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {forward}, {backward}, {{{listed}}}}},"
         )
-    # The small kernel that math uses on the GPU runs on every chip.
-    flags = tuple(flag for target in targets for flag in target.gencode)
+    # The small kernels that math uses on the GPU run on every chip.
+    chips = merged([machine_code_for(80, target) for target in targets])
+    flags = tuple(flag for target in chips for flag in target.gencode)
     if flags:
-        groups.setdefault(flags, []).append((Path(__file__).parent / "attn" / "dropout_mask.cu").as_posix())
+        sources = [(Path(__file__).parent / "attn" / f"{name}.cu").as_posix() for name in MATH_KERNELS]
+        groups.setdefault(flags, []).extend(sources)
     for number, (flags, sources) in enumerate(groups.items()):
         name = f"sdpa_kernels_{number}"
         cmake.append(f"add_library({name} OBJECT\n  " + "\n  ".join(sources) + ")")

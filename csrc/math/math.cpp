@@ -8,6 +8,13 @@
 #include <atomic>
 #include <limits>
 
+#if defined(SDPA_WITH_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "attn/softmax_rows.h"
+#endif
+
 namespace sdpa {
 namespace {
 
@@ -18,9 +25,6 @@ std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
 // The scores of one chunk should stay in cache between the passes over them.
 constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{256} << 20;
-// At the most at one time: two float32 matrices and a byte of mask; in the backward a third and a copy in 16 bits.
-constexpr int64_t kForwardBytesPerScore = 9;
-constexpr int64_t kBackwardBytesPerScore = 13;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
 struct Chunk {
@@ -44,6 +48,23 @@ struct Shape {
         group(H / std::max<int64_t>(c.key.size(1), 1)),
         key_heads(c.key.size(1)) {}
 };
+
+// Whether the softmax is our own kernel's, in place, rather than ATen's.
+bool has_row_kernel(const Tensor& t) {
+#if defined(SDPA_WITH_CUDA)
+  return t.is_cuda() && t.scalar_type() != at::kDouble && softmax_rows_runs_here();
+#else
+  return t.is_cuda() && false;
+#endif
+}
+
+// What is held of each score at one time. In place: the scores, and in the backward the gradients of the
+// probabilities, in 16 bits once more for the gradient of a mask. ATen: scores and probabilities; or probabilities,
+// their gradients and those of the scores; and a byte of dropout.
+int64_t bytes_per_score(bool in_place, bool backward, bool mask_grad, bool is_double) {
+  if (in_place) return backward ? (mask_grad ? 10 : 8) : 4;
+  return (backward ? 3 : 2) * (is_double ? 8 : 4) + 1;
+}
 
 int64_t chunk_scores(bool cuda, int64_t bytes_per_score) {
   return std::max<int64_t>(1,
@@ -132,28 +153,24 @@ bool one_on_cpu(const Tensor& a) {
   return a.is_cpu() && a.size(0) == 1;
 }
 
-// scale * a @ b in the accumulation dtype. float16 and bfloat16 stay what they are on the GPU, where tensor cores
-// accumulate in float32; on the CPU they come here converted.
-Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
+// out = scale * a @ b + beta * out, where out is in the accumulation dtype. float16 and bfloat16 stay what they are on
+// the GPU, where tensor cores accumulate in float32; on the CPU they come here converted. (The product that returns its
+// result would first fill it from its first argument.)
+void multiply(Tensor out, const Tensor& a, const Tensor& b, double scale, double beta = 0) {
   if (low_precision(a)) {
-    const Tensor none = at::empty({1, 1, 1}, a.options().dtype(at::kFloat)).expand({a.size(0), a.size(1), b.size(2)});
-    return at::baddbmm(none, a, b, at::kFloat, /*beta=*/0, /*alpha=*/scale);
+    at::baddbmm_out(out, out, a, b, at::kFloat, beta, scale);
+  } else if (one_on_cpu(a)) {
+    Tensor only = out[0];
+    at::addmm_out(only, only, a[0], b[0], beta, scale);
+  } else {
+    at::baddbmm_out(out, out, a, b, beta, scale);
   }
-  const Tensor none = at::empty({1, 1, 1}, a.options());
-  if (one_on_cpu(a)) return at::addmm(none[0], a[0], b[0], /*beta=*/0, /*alpha=*/scale).unsqueeze(0);
-  return at::baddbmm(none, a, b, /*beta=*/0, /*alpha=*/scale);
 }
 
-// sum += scale * a @ b
-void add_product(const Tensor& sum, const Tensor& a, const Tensor& b, double scale = 1) {
-  if (low_precision(a)) {
-    sum.add_(product(a, b, scale));
-  } else if (one_on_cpu(a)) {
-    sum[0].addmm_(a[0], b[0], /*beta=*/1, /*alpha=*/scale);
-  } else {
-    Tensor out = sum;
-    at::baddbmm_out(out, sum, a, b, /*beta=*/1, /*alpha=*/scale);
-  }
+Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
+  Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(accumulation_type(a)));
+  multiply(out, a, b, scale);
+  return out;
 }
 
 // The dtype in which products are taken: the inputs' own where a fast product with float32 accumulation exists.
@@ -161,26 +178,22 @@ at::ScalarType product_type(const Tensor& t) {
   return t.is_cuda() && low_precision(t) ? t.scalar_type() : accumulation_type(t);
 }
 
-// Scaled and masked scores of a chunk as (batches, heads, rows, columns).
-Tensor scores_of(const Call& call, const Tensor& mask, const Chunk& c, const Tensor& query, const Tensor& key,
-                 int64_t group) {
-  Tensor scores = product(query, key.transpose(1, 2), call.scale);
-  Tensor view = scores.view({c.batches, c.key_heads * group, c.rows, c.columns});
+// Masks the scaled scores of a chunk, (batches, heads, rows, columns).
+void mask_scores(const Call& call, const Tensor& mask, const Chunk& c, Tensor scores, int64_t group) {
   if (mask.defined()) {
     const Tensor part = mask_chunk(mask, c, group);
     if (part.scalar_type() == at::kBool) {
-      view.masked_fill_(part.logical_not(), kNegInf);
+      scores.masked_fill_(part.logical_not(), kNegInf);
     } else {
-      view.add_(part);
+      scores.add_(part);
     }
   }
   if (call.is_causal && c.columns > c.row + 1) {
     // Every row of the chunk sees the columns up to its first row.
     const auto options = scores.options().dtype(at::kLong);
     const Tensor columns = at::arange(c.row + 1, c.columns, options), rows = at::arange(c.row, c.row + c.rows, options);
-    view.narrow(3, c.row + 1, c.columns - c.row - 1).masked_fill_(columns > rows.unsqueeze(1), kNegInf);
+    scores.narrow(3, c.row + 1, c.columns - c.row - 1).masked_fill_(columns > rows.unsqueeze(1), kNegInf);
   }
-  return view;
 }
 
 Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
@@ -190,6 +203,49 @@ Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
       .view({c.batches, heads, c.rows, shape.S})
       .narrow(3, 0, c.columns);
 }
+
+#if defined(SDPA_WITH_CUDA)
+
+// Scores in memory as the row kernel takes them: (heads, rows, columns padded to its step).
+Tensor padded_product(const Tensor& a, const Tensor& b, double scale) {
+  constexpr int64_t kStep = SoftmaxRows::kPitchStep;
+  const int64_t pitch = (b.size(2) + kStep - 1) / kStep * kStep;
+  const Tensor out = at::empty({a.size(0), a.size(1), pitch}, a.options().dtype(at::kFloat));
+  multiply(out.narrow(2, 0, b.size(2)), a, b, scale);
+  return out;
+}
+
+// The softmax of a chunk's padded scores, in place, and of grad_probs, if defined, its derivative.
+void softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
+                      const Tensor& grad_probs, at::ScalarType grad_type, const Tensor& logsumexp) {
+  SoftmaxRows params;
+  fill(params, call);
+  params.S = c.columns;
+  params.batch = c.batch;
+  params.batches = c.batches;
+  params.head = c.key_head * shape.group;
+  params.heads = c.key_heads * shape.group;
+  params.row = c.row;
+  params.rows = c.rows;
+  params.pitch = scores.size(2);
+  params.scores = scores.data_ptr<float>();
+  if (grad_probs.defined()) {
+    params.grad_probs = grad_probs.data_ptr<float>();
+    params.grad_dtype = dtype_of(grad_type);
+  }
+  if (logsumexp.defined()) {
+    params.logsumexp = logsumexp.data_ptr<float>();
+    for (int d = 0; d < 3; ++d) params.logsumexp_stride[d] = logsumexp.stride(d);
+  }
+  C10_CUDA_CHECK(softmax_rows(params, c10::cuda::getCurrentCUDAStream()));
+}
+
+// What softmax_in_place leaves: elements of this type at the start of each row.
+Tensor in_place_result(const Tensor& padded, at::ScalarType type, int64_t columns) {
+  return padded.view(type).narrow(2, 0, columns);
+}
+
+#endif
 
 }  // namespace
 
@@ -203,7 +259,12 @@ void set_math_scratch_limit(int64_t bytes) {
 }
 
 int64_t math_scratch_bytes(const Problem& p) {
-  const int64_t per_score = p.grad_wanted ? kBackwardBytesPerScore : kForwardBytesPerScore;
+#if defined(SDPA_WITH_CUDA)
+  const bool in_place = p.device_type == DeviceType::kCUDA && p.dtype != DType::kFloat64;
+#else
+  const bool in_place = false;
+#endif
+  const int64_t per_score = bytes_per_score(in_place, p.grad_wanted, p.mask_grad_wanted, p.dtype == DType::kFloat64);
   const int64_t one_row = std::max<int64_t>(1, p.key_heads == 0 ? 1 : p.H / p.key_heads) * p.S;
   const int64_t budget = std::max(chunk_scores(p.device_type == DeviceType::kCUDA, per_score), one_row);
   return std::min(p.B * p.H * p.L * p.S, budget) * per_score;
@@ -213,33 +274,43 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Shape shape(call);
   const auto type = product_type(call.query);
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
+  const bool in_place = has_row_kernel(call.query);
+  const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   Tensor key, value;
   for_chunks(
-      call, kForwardBytesPerScore,
+      call, bytes_per_score(in_place, false, false, type == at::kDouble),
       [&](const Chunk& c) {
         key = key_side(call.key, c).to(type);
         value = key_side(call.value, c).to(type);
       },
       [&](const Chunk& c) {
+        const int64_t heads = c.batches * c.key_heads, rows = shape.group * c.rows;
         const Tensor query = query_side(call.query, c, shape.group).to(type);
         const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-        const Tensor scores = scores_of(call, mask, c, query, k, shape.group);
-        Tensor probs = at::softmax(scores, -1);
-        Tensor highest;
-        if (mask.defined() || logsumexp.defined()) highest = scores.amax(-1, /*keepdim=*/true);
-        if (logsumexp.defined()) {
-          // The probability of the highest score is 1 / sum(exp(scores - highest)).
-          Tensor lse = highest - probs.amax(-1, true).log();
-          if (mask.defined()) lse.masked_fill_(highest == kNegInf, kNegInf);
-          query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(lse);
+        Tensor probs, highest;
+        if (in_place) {
+#if defined(SDPA_WITH_CUDA)
+          const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
+          softmax_in_place(call, c, shape, scores, Tensor(), type, logsumexp);
+          probs = in_place_result(scores, type, c.columns);
+#endif
+        } else {
+          const Tensor scores = product(query, k.transpose(1, 2), call.scale)
+                                    .view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
+          mask_scores(call, mask, c, scores, shape.group);
+          probs = at::softmax(scores, -1);
+          if (mask.defined() || logsumexp.defined()) highest = scores.amax(-1, /*keepdim=*/true);
+          if (logsumexp.defined()) {
+            // The probability of the highest score is 1 / sum(exp(scores - highest)).
+            Tensor lse = highest - probs.amax(-1, true).log();
+            if (mask.defined()) lse.masked_fill_(highest == kNegInf, kNegInf);
+            query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(lse);
+          }
+          if (call.dropout_p > 0) probs.mul_(keep_of(call, c, shape));
+          probs = probs.view({heads, rows, c.columns}).to(type);
         }
-        if (call.dropout_p > 0) {
-          probs.mul_(keep_of(call, c, shape)).mul_(dropout_rescale(call.dropout_p));
-        }
-        const int64_t heads = c.batches * c.key_heads;
-        Tensor out = product(probs.view({heads, shape.group * c.rows, c.columns}).to(type), v)
-                         .view({c.batches, c.key_heads * shape.group, c.rows, output.size(3)});
-        if (mask.defined()) out.masked_fill_(highest == kNegInf, 0);
+        Tensor out = product(probs, v, rescale).view({c.batches, c.key_heads * shape.group, c.rows, output.size(3)});
+        if (mask.defined() && !in_place) out.masked_fill_(highest == kNegInf, 0);
         query_view(output, c, shape.group).copy_(out);
       },
       [](const Chunk&) {});
@@ -251,25 +322,56 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
   const auto sum_type = accumulation_type(call.query);
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const Tensor empty_rows = (logsumexp == kNegInf).unsqueeze(3);
+  const bool in_place = has_row_kernel(call.query);
+  const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
+  const Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   Tensor key, value, grad_key, grad_value;
   for_chunks(
-      call, kBackwardBytesPerScore,
+      call, bytes_per_score(in_place, true, grads.mask.defined(), type == at::kDouble),
       [&](const Chunk& c) {
         key = key_side(call.key, c).to(type);
         value = key_side(call.value, c).to(type);
         grad_key = grad_value = Tensor();
       },
       [&](const Chunk& c) {
-        const int64_t heads = c.batches * c.key_heads, group = shape.group;
-        const auto flat = [&](const Tensor& t) { return t.reshape({heads, group * c.rows, c.columns}).to(type); };
+        const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
+        const std::vector<int64_t> four_dims = {c.batches, c.key_heads * group, c.rows, c.columns};
         const Tensor query = query_side(call.query, c, group).to(type);
-        const Tensor grad_out = query_side(grad_output, c, group).to(type);
+        Tensor grad_out = query_side(grad_output, c, group).to(type);
         const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-        // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of the
-        // logsumexp would be an error of every probability.
-        Tensor probs = at::softmax(scores_of(call, mask, c, query, k, group), -1);
-        if (mask.defined()) probs.masked_fill_(query_view(empty_rows, c, group), 0);
+        // Of shape (heads, rows, columns). The mask's gradient wants those of the scores unrounded.
+        Tensor probs, grad_scores;
+        const auto grad_type = grad_mask.defined() ? sum_type : type;
+        if (in_place) {
+#if defined(SDPA_WITH_CUDA)
+          const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
+          const Tensor grad_probs = padded_product(grad_out, v.transpose(1, 2), rescale);
+          softmax_in_place(call, c, shape, scores, grad_probs, grad_type, Tensor());
+          probs = in_place_result(scores, type, c.columns);
+          grad_scores = in_place_result(grad_probs, grad_type, c.columns);
+#endif
+        } else {
+          Tensor scores = product(query, k.transpose(1, 2), call.scale).view(four_dims);
+          mask_scores(call, mask, c, scores, group);
+          if (mask.defined()) {
+            // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
+            const Tensor empty = query_view(empty_rows, c, group);
+            scores.narrow(3, 0, 1).masked_fill_(empty, 0);
+            grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
+          }
+          // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of
+          // the logsumexp would be an error of every probability.
+          probs = at::softmax(scores, -1);
+          scores.reset();
+          const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
+          Tensor grad_probs = product(grad_out, v.transpose(1, 2), rescale).view(four_dims);
+          if (keep.defined()) grad_probs.mul_(keep);
+          grad_scores = at::_softmax_backward_data(grad_probs, probs, -1, probs.scalar_type());
+          grad_probs.reset();
+          if (keep.defined()) probs.mul_(keep);
+          probs = probs.view({heads, rows, c.columns}).to(type);
+          grad_scores = grad_scores.view({heads, rows, c.columns}).to(grad_type);
+        }
         // sum += scale * a @ b, where sum has a row for each key; what the first rows give need not be added to zeros.
         const auto accumulate = [&](Tensor& sum, const Tensor& a, const Tensor& b, double scale) {
           if (!sum.defined() && c.columns == shape.S) {
@@ -277,38 +379,26 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
             return;
           }
           if (!sum.defined()) sum = at::zeros({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
-          add_product(sum.narrow(1, 0, c.columns), a, b, scale);
+          multiply(sum.narrow(1, 0, c.columns), a, b, scale, /*beta=*/1);
         };
-        const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-        const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
-        if (grads.value.defined()) {
-          accumulate(grad_value, flat(keep.defined() ? probs * keep : probs).transpose(1, 2), grad_out, rescale);
-        }
-        Tensor grad_scores;
-        {
-          Tensor grad_probs = product(grad_out, v.transpose(1, 2), rescale).view(probs.sizes());
-          if (keep.defined()) grad_probs.mul_(keep);
-          grad_scores = at::_softmax_backward_data(grad_probs, probs, -1, probs.scalar_type());
-        }
+        if (grads.value.defined()) accumulate(grad_value, probs.transpose(1, 2), grad_out, rescale);
         probs.reset();
         if (grad_mask.defined()) {
           Tensor part = mask_chunk(grad_mask, c, group);
+          const Tensor whole = grad_scores.view(four_dims);
           std::vector<int64_t> summed;
           for (int64_t d = 0; d < 4; ++d) {
-            if (part.size(d) == 1) summed.push_back(d);
+            if (part.size(d) == 1 && whole.size(d) > 1) summed.push_back(d);
           }
-          part.add_(summed.empty() ? grad_scores : grad_scores.sum(summed, /*keepdim=*/true));
+          part.add_(summed.empty() ? whole : whole.sum(summed, /*keepdim=*/true));
+          grad_scores = grad_scores.to(type);
         }
-        const Tensor flat_grad = flat(grad_scores);
-        grad_scores.reset();
         if (grads.query.defined()) {
           query_view(grads.query, c, group)
-              .copy_(product(flat_grad, k, call.scale)
+              .copy_(product(grad_scores, k, call.scale)
                          .view({c.batches, c.key_heads * group, c.rows, grads.query.size(3)}));
         }
-        if (grads.key.defined()) {
-          accumulate(grad_key, flat_grad.transpose(1, 2), query, call.scale);
-        }
+        if (grads.key.defined()) accumulate(grad_key, grad_scores.transpose(1, 2), query, call.scale);
       },
       [&](const Chunk& c) {
         const auto store = [&](const Tensor& to, const Tensor& sum) {

@@ -5,20 +5,10 @@
 
 #include <tuple>
 
+#include "math/call.h"
 #include "select/problem.h"
 
 namespace sdpa {
-
-// One call seen as (batch, heads, rows, columns). attn_mask is expanded to (B, H, L, S), stride 0 where it broadcasts,
-// or undefined.
-struct Call {
-  at::Tensor query, key, value, attn_mask;
-  double scale = 1;
-  bool is_causal = false;
-  double dropout_p = 0;
-  at::Tensor seed;               // one int64 on the query's device, if dropout_p > 0
-  int64_t first_batch_head = 0;  // added to b * H + h in the dropout counter
-};
 
 struct Gradients {  // undefined: not wanted; mask is in the accumulation dtype, expanded like attn_mask, and added to
   at::Tensor query, key, value, mask;

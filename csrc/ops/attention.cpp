@@ -37,37 +37,10 @@ Backend choose(const Problem& problem, int64_t backends) {
 
 #if defined(SDPA_WITH_CUDA)
 
-Operand operand(const Tensor& t) {
-  Operand o;
-  if (!t.defined()) return o;
-  o.data = t.data_ptr();
-  for (int d = 0; d < 4; ++d) o.stride[d] = t.stride(d);
-  return o;
-}
-
-void fill(ForwardParams& params, const Call& call, const Problem& problem, const Tensor& output,
-          const Tensor& logsumexp, const Tensor& logsumexp_rest) {
-  params.query = operand(call.query);
-  params.key = operand(call.key);
-  params.value = operand(call.value);
+void fill_results(ForwardParams& params, const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest) {
   params.output = operand(output);
-  params.attn_mask = operand(call.attn_mask);
   params.logsumexp = logsumexp.defined() ? logsumexp.data_ptr<float>() : nullptr;
   params.logsumexp_rest = logsumexp_rest.defined() ? logsumexp_rest.data_ptr<float>() : nullptr;
-  params.B = problem.B;
-  params.H = problem.H;
-  params.L = problem.L;
-  params.S = problem.S;
-  params.E = problem.E;
-  params.Ev = problem.Ev;
-  params.group = problem.H / problem.key_heads;
-  params.dtype = problem.dtype;
-  params.mask_kind = problem.mask_kind;
-  params.scale = static_cast<float>(call.scale);
-  params.is_causal = call.is_causal;
-  params.dropout_p = static_cast<float>(call.dropout_p);
-  params.seed = call.seed.defined() && call.dropout_p > 0 ? call.seed.data_ptr<int64_t>() : nullptr;
-  params.first_batch_head = call.first_batch_head;
 }
 
 const Variant& variant_of(Backend backend, bool backward, const Problem& problem) {
@@ -79,7 +52,8 @@ const Variant& variant_of(Backend backend, bool backward, const Problem& problem
 void kernel_forward(Backend backend, const Call& call, const Problem& problem, const Tensor& output,
                     const Tensor& logsumexp, const Tensor& logsumexp_rest) {
   ForwardParams params;
-  fill(params, call, problem, output, logsumexp, logsumexp_rest);
+  fill(params, call);
+  fill_results(params, output, logsumexp, logsumexp_rest);
   C10_CUDA_CHECK(variant_of(backend, false, problem).launch_forward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -87,7 +61,8 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
                      const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest,
                      const Gradients& grads) {
   BackwardParams params;
-  fill(params, call, problem, output, logsumexp, logsumexp_rest);
+  fill(params, call);
+  fill_results(params, output, logsumexp, logsumexp_rest);
   params.grad_output = operand(grad_output);
   params.grad_query = operand(grads.query);
   params.grad_key = operand(grads.key);
@@ -101,11 +76,12 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   const Tensor delta = at::empty({problem.B, problem.H, problem.L}, options);
   params.delta = delta.data_ptr<float>();
   Tensor accum;
-  if (backend == Backend::kFlash && grads.query.defined()) {
+  const Variant& variant = variant_of(backend, true, problem);
+  if (variant.backend == Backend::kFlash && grads.query.defined()) {
     accum = at::zeros({problem.B, problem.H, problem.L, problem.E}, options);
     params.grad_query_accum = accum.data_ptr<float>();
   }
-  C10_CUDA_CHECK(variant_of(backend, true, problem).launch_backward(params, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(variant.launch_backward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 #endif

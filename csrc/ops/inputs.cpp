@@ -22,39 +22,6 @@ namespace {
 
 using at::Tensor;
 
-DType dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBool:
-      return DType::kBool;
-    default:
-      return DType::kOther;
-  }
-}
-
-MaskKind mask_kind_of(const Tensor& mask) {
-  if (!mask.defined()) return MaskKind::kNone;
-  switch (mask.scalar_type()) {
-    case at::kBool:
-      return MaskKind::kBool;
-    case at::kHalf:
-      return MaskKind::kFloat16;
-    case at::kBFloat16:
-      return MaskKind::kBFloat16;
-    case at::kFloat:
-      return MaskKind::kFloat32;
-    default:
-      return MaskKind::kFloat64;
-  }
-}
-
 void check_dtypes(const Arguments& a) {
   const auto type = a.query.scalar_type();
   TORCH_CHECK(dtype_of(type) != DType::kOther && dtype_of(type) != DType::kBool,

@@ -1,0 +1,71 @@
+#include "math/call.h"
+
+#include <ATen/ATen.h>
+
+namespace sdpa {
+
+using at::Tensor;
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
+  }
+}
+
+MaskKind mask_kind_of(const Tensor& mask) {
+  if (!mask.defined()) return MaskKind::kNone;
+  switch (mask.scalar_type()) {
+    case at::kBool:
+      return MaskKind::kBool;
+    case at::kHalf:
+      return MaskKind::kFloat16;
+    case at::kBFloat16:
+      return MaskKind::kBFloat16;
+    case at::kFloat:
+      return MaskKind::kFloat32;
+    default:
+      return MaskKind::kFloat64;
+  }
+}
+
+Operand operand(const Tensor& t) {
+  Operand o;
+  if (!t.defined()) return o;
+  o.data = t.data_ptr();
+  for (int d = 0; d < 4; ++d) o.stride[d] = t.stride(d);
+  return o;
+}
+
+void fill(ForwardParams& params, const Call& call) {
+  params.query = operand(call.query);
+  params.key = operand(call.key);
+  params.value = operand(call.value);
+  params.attn_mask = operand(call.attn_mask);
+  params.B = call.query.size(0);
+  params.H = call.query.size(1);
+  params.L = call.query.size(2);
+  params.S = call.key.size(2);
+  params.E = call.query.size(3);
+  params.Ev = call.value.size(3);
+  params.group = params.H / call.key.size(1);
+  params.dtype = dtype_of(call.query.scalar_type());
+  params.mask_kind = mask_kind_of(call.attn_mask);
+  params.scale = static_cast<float>(call.scale);
+  params.is_causal = call.is_causal;
+  params.dropout_p = static_cast<float>(call.dropout_p);
+  params.seed = call.seed.defined() && call.dropout_p > 0 ? call.seed.data_ptr<int64_t>() : nullptr;
+  params.first_batch_head = call.first_batch_head;
+}
+
+}  // namespace sdpa
