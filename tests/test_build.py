@@ -144,8 +144,8 @@ def test_bad_arch_list_fails_generation(tmp_path):
 def test_extension_knows_the_table():
     rows = sdpa._C.variants()
     number = {"flash": 1, "efficient": 2}
-    assert [(r["name"], r["backend"], r["backward"], r["path"], r["dtype"], r["head_dim"]) for r in rows] == [
-        (v.name, number[v.backend], v.direction == "backward", v.path, v.dtype, v.head_dim) for v in variants.VARIANTS
+    assert [(r["name"], r["backend"], r["direction"], r["path"], r["dtype"], r["head_dim"]) for r in rows] == [
+        (v.name, number[v.backend], v.direction, v.path, v.dtype, v.head_dim) for v in variants.VARIANTS
     ]
 
 

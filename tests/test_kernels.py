@@ -63,6 +63,26 @@ def calls(backend, path, dtype):
             yield call
 
 
+def decode_calls(backend, path, dtype):
+    """Short queries without gradients: the keys may be split over blocks."""
+    dice = random.Random(f"decode {backend.name} {path} {dtype}")
+    axes = {
+        "dims": [(64, 64), (128, 128), (128, 64), (40, 100), (8, 17), (256, 256)],
+        "lengths": [(1, 1), (1, 63), (1, 64), (1, 2000), (1, 70_001), (3, 5000), (5, 300), (16, 16), (16, 9_999)],
+        "is_causal": [False, False, True],
+        "group": [1, 2, 4],
+        "layout": LAYOUTS,
+        "scale": [None, None, 0.3, -0.2, 0.0],
+        "mask": [None, None, *MASKS],
+        "mask_shape": MASK_SHAPES,
+    }
+    for row in zip(*(sampled(choices, 30, dice) for choices in axes.values()), strict=True):
+        call = dict(zip(axes, row, strict=True), dropout_p=0.0, decode=True)
+        if call["mask"] is not None:
+            call["is_causal"] = False
+        yield call
+
+
 def name_of(call):
     (E, Ev), (L, S) = call["dims"], call["lengths"]
     parts = [f"E{E}-Ev{Ev}-L{L}-S{S}-g{call['group']}-{call['layout']}", "causal" * call["is_causal"]]
@@ -92,8 +112,8 @@ def runs_here(variant):
     return False
 
 
-def rivals(backend, dtype, backward):
-    return [v for v in VARIANTS if (v["backend"], v["dtype"], v["backward"]) == (NUMBER[backend], dtype, backward)]
+def rivals(backend, dtype, direction):
+    return [v for v in VARIANTS if (v["backend"], v["dtype"], v["direction"]) == (NUMBER[backend], dtype, direction)]
 
 
 @pytest.fixture
@@ -101,11 +121,11 @@ def use_path(monkeypatch):
     """Makes the selector take a code path that is not the newest one this chip can run."""
 
     def use(backend, path, dtype):
-        own = [v for v in rivals(backend, dtype, False) if v["path"] == path]
+        own = [v for v in rivals(backend, dtype, "forward") if v["path"] == path]
         if not any(map(runs_here, own)):
             pytest.skip(f"this build has no sm{path} {backend.name} kernel for this chip")
         major, minor = torch.cuda.get_device_capability()
-        if max(v["path"] for v in rivals(backend, dtype, False) if v["path"] <= 10 * major + minor) != path:
+        if max(v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor) != path:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
 
     return use
@@ -134,17 +154,56 @@ def test_against_float64(use_path, which, path, dtype, call):
     check(which, *tensors, mask, **kwargs)
 
 
+paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
+
+
+DECODE_CASES = [
+    pytest.param(backend, path, dtype, call, id=f"{backend.name}-sm{path}-{dtype}-{name_of(call)}")
+    for backend, path, dtype in PATHS
+    for call in decode_calls(backend, path, dtype)
+]
+
+
+@pytest.mark.parametrize("which, path, dtype, call", DECODE_CASES)
+def test_short_queries_against_float64(use_path, which, path, dtype, call):
+    use_path(which, path, dtype)
+    tensors, mask = tensors_of(call, dtype)
+    tensors, mask = [t.detach() for t in tensors], mask if mask is None else mask.detach()
+    check(which, *tensors, mask, is_causal=call["is_causal"], scale=call["scale"], enable_gqa=call["group"] > 1)
+
+
+@pytest.mark.parametrize("S", [300, 70_000])
+@paths
+def test_short_queries_with_masked_keys(use_path, which, path, dtype, S):
+    use_path(which, path, dtype)
+    dtype = getattr(torch, dtype)
+    tensors = [make(2, heads, n, 64, dtype=dtype, device="cuda", grad=False) for heads, n in ((8, 3), (2, S), (2, S))]
+    seen = torch.rand(2, 1, 3, S, device="cuda") > 0.5
+    seen[0, 0, 1] = False
+    seen[:, :, :, S // 3 : S // 2] = False
+    output, *_ = check(which, *tensors, seen, enable_gqa=True)
+    assert (output[0, :, 1] == 0).all()
+    tensors[1][:, :, S // 3 : S // 2] = math.nan
+    assert torch.equal(check(which, *tensors, seen, enable_gqa=True)[0], output)
+    lowest = torch.full((3, S), torch.finfo(torch.float32).min, device="cuda")
+    tensors[1].nan_to_num_(0)
+    check(which, *tensors, lowest, enable_gqa=True)  # uniform
+    check(which, *tensors, lowest.masked_fill(seen[1, 0], 1.0), enable_gqa=True)
+
+
 def test_every_kernel_that_runs_here_is_tested(monkeypatch):
     covered = set()
     for backend, path, dtype in PATHS:
         major, minor = torch.cuda.get_device_capability()
         newest = max(
-            (v["path"] for v in rivals(backend, dtype, False) if v["path"] <= 10 * major + minor), default=None
+            (v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor), default=None
         )
         if path != newest:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
-        for call in calls(backend, path, dtype):
+        for call in [*calls(backend, path, dtype), *decode_calls(backend, path, dtype)]:
             tensors, mask = tensors_of(call, dtype)
+            if call.get("decode"):
+                tensors, mask = [t.detach() for t in tensors], mask if mask is None else mask.detach()
             with sdpa.sdpa_kernel(backend):
                 found = sdpa.explain(*tensors, mask, call["dropout_p"], call["is_causal"], enable_gqa=call["group"] > 1)
             covered.update(name for b in found.backends if b.backend == found.chosen for name in b.kernels)
@@ -153,8 +212,6 @@ def test_every_kernel_that_runs_here_is_tested(monkeypatch):
     assert compiled, "this build has no kernel for this chip"
     assert compiled == covered
 
-
-paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
 
 KEYS = 300
 PROFILES = {  # of the scores along the keys; exact in every dtype, so that eager is accurate

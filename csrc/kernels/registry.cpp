@@ -3,13 +3,33 @@
 #include <algorithm>
 #include <set>
 
+#include "attn/split.h"
+
 namespace sdpa {
 
 #include "variants.inc"
 
+const char* name(Direction direction) {
+  switch (direction) {
+    case Direction::kForward:
+      return "forward";
+    case Direction::kBackward:
+      return "backward";
+    case Direction::kDecode:
+      return "decode";
+  }
+  return "";
+}
+
+static bool is_decoding(const Problem& p) {
+  return !p.grad_wanted && p.dropout_p == 0 && p.L <= KeySplit::kQueryRows;
+}
+
 // Flash's kernels serve the memory-efficient backend as well, where they take the call and add in the order asked for:
 // they too hold no more than O(B H L).
-static bool serves(const Variant& v, Backend backend, const Problem& p) {
+static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
+  if ((v.direction == Direction::kBackward) != backward) return false;
+  if (v.direction == Direction::kDecode && !is_decoding(p)) return false;
   if (v.backend == Backend::kFlash) {
     // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
     if (v.head_dim < std::max(p.E, p.Ev)) return false;
@@ -18,10 +38,11 @@ static bool serves(const Variant& v, Backend backend, const Problem& p) {
   return v.backend == backend;
 }
 
-// The newest path first, then tensor cores, then the narrowest tile that holds a row, or else the widest.
+// The newest path first, then tensor cores, then decoding, then the narrowest tile that holds a row, or the widest.
 static bool better(const Variant& a, const Variant& b, int64_t width) {
   if (a.path != b.path) return a.path > b.path;
   if (a.backend != b.backend) return a.backend == Backend::kFlash;
+  if (a.direction != b.direction) return a.direction == Direction::kDecode;
   const bool a_fits = a.head_dim >= width, b_fits = b.head_dim >= width;
   if (a_fits != b_fits) return a_fits;
   return a_fits ? a.head_dim < b.head_dim : a.head_dim > b.head_dim;
@@ -31,8 +52,8 @@ const Variant* find_variant(Backend backend, bool backward, const Problem& probl
   const int64_t width = std::max(problem.E, problem.Ev);
   const Variant* best = nullptr;
   for (const Variant& v : variants()) {
-    if (v.backward != backward || v.dtype != problem.dtype || v.path > problem.capability) continue;
-    if (serves(v, backend, problem) && (best == nullptr || better(v, *best, width))) best = &v;
+    if (v.dtype != problem.dtype || v.path > problem.capability) continue;
+    if (serves(v, backend, backward, problem) && (best == nullptr || better(v, *best, width))) best = &v;
   }
   if (best == nullptr || problem.hypothetical || best->compiled_for(problem.device_capability)) return best;
   return nullptr;

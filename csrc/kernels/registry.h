@@ -27,10 +27,13 @@ struct Chip {
   }
 };
 
+enum class Direction { kForward, kBackward, kDecode };  // decode: forward for short queries, without LSE
+const char* name(Direction direction);
+
 struct Variant {
   const char* name;
   Backend backend;
-  bool backward;
+  Direction direction;
   int path;
   DType dtype;
   int head_dim;

@@ -16,6 +16,7 @@ CPP_DTYPE = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat3
 HEADER = {
     ("flash", "forward"): "flash/flash_fwd.cuh",
     ("flash", "backward"): "flash/flash_bwd.cuh",
+    ("flash", "decode"): "flash/flash_decode.cuh",
     ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
 }
@@ -25,7 +26,7 @@ MATH_KERNELS = ("dropout_mask", "softmax_rows")
 @dataclass(frozen=True)
 class Variant:
     backend: str  # flash | efficient
-    direction: str  # forward | backward
+    direction: str  # forward | backward | decode: forward for short queries, without LSE
     path: int  # the Arch template parameter: code path, not the chip it is compiled for
     dtype: str
     head_dim: int  # tile width: E and Ev up to this (flash), chunk width (efficient)
@@ -39,23 +40,27 @@ class Variant:
         return HEADER[self.backend, self.direction]
 
 
-VARIANTS = [
-    Variant("flash", direction, 80, dtype, head_dim)
-    for direction in ("forward", "backward")
-    for dtype in ("float16", "bfloat16")
-    for head_dim in (32, 64, 128)
-] + [
-    Variant("efficient", direction, path, dtype, head_dim)
-    for direction in ("forward", "backward")
-    for path, dtypes, head_dims in (
-        (70, ("float32", "float16"), (32, 64, 128)),
-        (75, ("float32", "float16"), (64,)),  # 64 KB of shared memory
-        (80, ("float32",), (32, 64, 128)),
-        (80, ("float16", "bfloat16"), (128,)),  # for what flash's kernels do not take
-    )
-    for dtype in dtypes
-    for head_dim in head_dims
-]
+VARIANTS = (
+    [
+        Variant("flash", direction, 80, dtype, head_dim)
+        for direction in ("forward", "backward")
+        for dtype in ("float16", "bfloat16")
+        for head_dim in (32, 64, 128)
+    ]
+    + [Variant("flash", "decode", 80, dtype, head_dim) for dtype in ("float16", "bfloat16") for head_dim in (64, 128)]
+    + [
+        Variant("efficient", direction, path, dtype, head_dim)
+        for direction in ("forward", "backward")
+        for path, dtypes, head_dims in (
+            (70, ("float32", "float16"), (32, 64, 128)),
+            (75, ("float32", "float16"), (64,)),  # 64 KB of shared memory
+            (80, ("float32",), (32, 64, 128)),
+            (80, ("float16", "bfloat16"), (128,)),  # for what flash's kernels do not take
+        )
+        for dtype in dtypes
+        for head_dim in head_dims
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def main() -> None:
     declarations, rows, cmake = [], [], ["set(SDPA_KERNEL_LIBRARIES)"]
     groups: dict[tuple[str, ...], list[str]] = {}
     for v in VARIANTS:
-        params = "ForwardParams" if v.direction == "forward" else "BackwardParams"
+        params = "BackwardParams" if v.direction == "backward" else "ForwardParams"
         compiled = targets_of(v, targets, args.all_paths)
         launch = "nullptr"
         if compiled:
@@ -152,9 +157,9 @@ def main() -> None:
             flags = tuple(flag for target in compiled for flag in target.gencode)
             groups.setdefault(flags, []).append(source.as_posix())
         listed = ", ".join(f"{{{t.capability}, {cpp_bool(t.suffix == 'a')}, {cpp_bool(t.ptx)}}}" for t in compiled)
-        forward, backward = (launch, "nullptr") if v.direction == "forward" else ("nullptr", launch)
+        forward, backward = ("nullptr", launch) if v.direction == "backward" else (launch, "nullptr")
         rows.append(
-            f'{{"{v.name}", Backend::k{v.backend.capitalize()}, {cpp_bool(v.direction == "backward")}, {v.path}, '
+            f'{{"{v.name}", Backend::k{v.backend.capitalize()}, Direction::k{v.direction.capitalize()}, {v.path}, '
             f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {forward}, {backward}, {{{listed}}}}},"
         )
     # The small kernels that math uses on the GPU run on every chip.

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 
+#include "attn/split.h"
 #include "ops/inputs.h"
 #include "registry.h"
 
@@ -54,7 +55,17 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   ForwardParams params;
   fill(params, call);
   fill_results(params, output, logsumexp, logsumexp_rest);
-  C10_CUDA_CHECK(variant_of(backend, false, problem).launch_forward(params, c10::cuda::getCurrentCUDAStream()));
+  const Variant& variant = variant_of(backend, false, problem);
+  Tensor scratch;
+  if (variant.direction == Direction::kDecode) {
+    int sms = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, output.get_device()));
+    if (const int64_t size = KeySplit::of(params, sms).scratch(params); size > 0) {
+      scratch = at::empty({size}, output.options().dtype(at::kFloat));
+      params.split_scratch = scratch.data_ptr<float>();
+    }
+  }
+  C10_CUDA_CHECK(variant.launch_forward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
 void kernel_backward(Backend backend, const Call& call, const Problem& problem, const Tensor& grad_output,

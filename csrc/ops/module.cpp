@@ -70,7 +70,7 @@ py::list variant_list() {
     py::dict row;
     row["name"] = v.name;
     row["backend"] = static_cast<int>(v.backend);
-    row["backward"] = v.backward;
+    row["direction"] = name(v.direction);
     row["path"] = v.path;
     row["dtype"] = name(v.dtype);
     row["head_dim"] = v.head_dim;

@@ -37,8 +37,9 @@ struct ForwardParams {
   float scale = 1.f;       // any finite float, zero and negative too
   bool is_causal = false;  // top-left aligned: query i sees keys j <= i, also when L != S
   float dropout_p = 0.f;
-  const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
-  int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
+  const int64_t* seed = nullptr;   // device pointer to one number; read only if dropout_p > 0
+  int64_t first_batch_head = 0;    // added to b * H + h in the dropout counter (see dropout.h)
+  float* split_scratch = nullptr;  // see split.h; only decode kernels ask for it
 };
 
 struct BackwardParams : ForwardParams {
