@@ -200,7 +200,10 @@ class CMakeBuild(build_ext):
         fresh = target.with_suffix(".new")
         shutil.copy2(build / "_C.so", fresh)
         os.replace(fresh, target)
-        kernels = {row.split("\t")[4] for file in build.rglob("*.kernels") for row in file.read_text().splitlines()}
+        # A folder that was built in before may hold kernels that are no more.
+        sources = (build / "generated" / "variants.cmake").read_text()
+        files = [file for file in build.rglob("*.kernels") if file.name.removesuffix(".o.kernels") in sources]
+        kernels = {row.split("\t")[4] for file in files for row in file.read_text().splitlines()}
         info = {
             "torch": torch.__version__,
             "cuda": f"{cuda.version[0]}.{cuda.version[1]}" if cuda else "none (CPU and math only)",

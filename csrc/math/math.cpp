@@ -183,7 +183,8 @@ void mask_scores(const Call& call, const Tensor& mask, const Chunk& c, Tensor sc
   if (mask.defined()) {
     const Tensor part = mask_chunk(mask, c, group);
     if (part.scalar_type() == at::kBool) {
-      scores.masked_fill_(part.logical_not(), kNegInf);
+      // (masked_fill_ branches on every entry.)
+      at::where_out(scores, part, scores, at::scalar_tensor(kNegInf, scores.options().device(at::kCPU)));
     } else {
       scores.add_(part);
     }

@@ -19,6 +19,8 @@
 
 namespace sdpa {
 
+constexpr int kCombineThreads = 256;
+
 template <class Arch, class T, int kHeadDim>
 struct FlashDecode {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
     const int l = (row0 + row) % L, head = key_head * group + (row0 + row) / L;
     const int64_t part_row = ((int64_t{batch} * p.H + head) * L + l) * split.parts + part;
     if (split.parts > 1 && lane == 0) {
-      float* const statistics = p.split_scratch + p.B * p.H * L * split.parts * Ev + part_row * 2;
+      float* const statistics = p.split_scratch + part_row * 2;
       statistics[0] = top;
       statistics[1] = total;
     }
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
 #pragma unroll
       for (int w = 0; w < Flash::kWarps; ++w) x += factor[w] * outputs[(w * Flash::kRows + row) * kHeadDim + col];
       if (split.parts > 1) {
-        p.split_scratch[part_row * Ev + col] = x;
+        p.split_scratch[p.B * p.H * L * split.parts * 2 + part_row * Ev + col] = x;
       } else {
         *target.at(l, col) = static_cast<T>(total == 0.f ? 0.f : x / total);
       }
@@ -245,29 +247,48 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   }
 }
 
-// A warp for each query row.
-template <class T>
-__global__ void __launch_bounds__(128)
+// A block for each query row; each of its warps sums some of the parts.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kCombineThreads)
     flash_combine_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ KeySplit split) {
-  const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32, rows = p.B * p.H * p.L;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % 32, parts = static_cast<int>(split.parts), Ev = static_cast<int>(p.Ev);
-  const float* const outputs = p.split_scratch + row * parts * Ev;
-  const float2* const statistics = reinterpret_cast<const float2*>(p.split_scratch + rows * parts * Ev) + row * parts;
+  constexpr int kWarps = kCombineThreads / 32, kCols = kHeadDim / 32;
+  __shared__ float weights[KeySplit::kMostParts], sums[kWarps][kHeadDim];
+  const int64_t row = blockIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int parts = static_cast<int>(split.parts), Ev = static_cast<int>(p.Ev);
+  const float2* const statistics = reinterpret_cast<const float2*>(p.split_scratch) + row * parts;
+  const float* const outputs = p.split_scratch + p.B * p.H * p.L * parts * 2 + row * parts * Ev;
+
   float top = -FLT_MAX, total = 0.f;
   for (int part = lane; part < parts; part += 32) top = fmaxf(top, statistics[part].x);
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
-  for (int part = 0; part < parts; ++part) total += exp2_approx(statistics[part].x - top) * statistics[part].y;
-  const float factor = total == 0.f ? 0.f : 1.f / total;
-  const HeadRows<T> target(p.output, row / p.L / p.H, row / p.L % p.H, p.L, p.Ev);
-  for (int col = lane; col < Ev; col += 32) {
-    float x = 0.f;
+  for (int part = lane; part < parts; part += 32) {
+    const float weight = exp2_approx(statistics[part].x - top);
+    total += weight * statistics[part].y;
+    if (warp == 0) weights[part] = weight;
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+  __syncthreads();
+
+  float sum[kCols] = {};
 #pragma unroll 4
-    for (int part = 0; part < parts; ++part) {
-      x += exp2_approx(statistics[part].x - top) * outputs[int64_t{part} * Ev + col];
+  for (int part = warp; part < parts; part += kWarps) {
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+      if (lane + i * 32 < Ev) sum[i] += weights[part] * outputs[int64_t{part} * Ev + lane + i * 32];
     }
-    *target.at(static_cast<int>(row % p.L), col) = static_cast<T>(x * factor);
+  }
+#pragma unroll
+  for (int i = 0; i < kCols; ++i) sums[warp][lane + i * 32] = sum[i];
+  __syncthreads();
+  const HeadRows<T> target(p.output, row / p.L / p.H, row / p.L % p.H, p.L, p.Ev);
+  for (int col = threadIdx.x; col < Ev; col += kCombineThreads) {
+    float x = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) x += sums[w][col];
+    *target.at(static_cast<int>(row % p.L), col) = static_cast<T>(total == 0.f ? 0.f : x / total);
   }
 }
 
@@ -289,7 +310,7 @@ cudaError_t flash_decode(const ForwardParams& p, cudaStream_t stream) {
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, split, p.scale * kLog2E);
   if (const auto error = cudaGetLastError(); error != cudaSuccess || split.parts == 1) return error;
-  flash_combine_kernel<T><<<static_cast<unsigned>((rows + 3) / 4), 128, 0, stream>>>(p, split);
+  flash_combine_kernel<T, kHeadDim><<<static_cast<unsigned>(rows), kCombineThreads, 0, stream>>>(p, split);
   return cudaGetLastError();
 }
 
