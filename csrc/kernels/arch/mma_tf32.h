@@ -16,23 +16,25 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// kRegisters registers of an operand. kSplit: with the small part, else big alone, which is single TF32.
+// kRegisters registers of an operand. kSplit: in two parts, else `big` alone, which is single TF32.
 template <bool kSplit, int kRegisters>
 struct Tf32Operand {
   uint32_t big[kRegisters], small[kRegisters];
 
-  // Rounds to nearest: a truncated big part would leave a small part one bit too long. An integer addition does it,
-  // since the lowest bits are cut off anyway. (cvt.rna.tf32 is three instructions on sm90.)
-  __device__ __forceinline__ void set(int i, uint32_t bits) {
-    constexpr uint32_t kHalf = 0x1000, kKept = 0xffffe000;
+  // The big part is rounded to nearest: cut off, it would leave a small part one bit too long. (An integer addition
+  // does it; cvt.rna.tf32 is three instructions on sm90.)
+  __device__ __forceinline__ void set(int i, float x) {
     if constexpr (kSplit) {
-      big[i] = (bits + kHalf) & kKept;
-      small[i] = __float_as_uint(__uint_as_float(bits) - __uint_as_float(big[i]));  // exact; NaN stays NaN
+      constexpr uint32_t kHalf = 0x1000, kKept = 0xffffe000;
+      big[i] = (__float_as_uint(x) + kHalf) & kKept;
+      small[i] = __float_as_uint(x - __uint_as_float(big[i]));  // exact; NaN stays NaN
     } else {
-      big[i] = fabsf(__uint_as_float(bits)) < INFINITY ? bits + kHalf : bits;
+      // Before its lowest bits are cut off, a third to two thirds of the last bit that is kept are added: nearly
+      // rounding, in one instruction, and NaN and what TF32 can hold stay what they are.
+      big[i] = __float_as_uint(x * (1.f + 1.39f / 4096));
     }
   }
-  __device__ __forceinline__ void set(int i, float x) { set(i, __float_as_uint(x)); }
+  __device__ __forceinline__ void set(int i, uint32_t bits) { set(i, __uint_as_float(bits)); }
 };
 
 template <bool kSplit>
@@ -41,22 +43,46 @@ template <bool kSplit>
 using Tf32B = Tf32Operand<kSplit, 2>;
 
 // A 16 x 8 sum of products. The tensor core cuts off, where FFMA rounds, what does not fit when it adds to d, so the
-// small products have a sum of their own, and a sum should not grow longer than some ten products before its value
+// small products have a sum of their own, and a sum should not grow longer than some eight products before its value
 // is added to others in float32.
-template <bool kSplit>
 struct Tf32Sum {
   float big[4] = {}, small[4] = {};
-
-  // kIsTransposed: gives the bits which the product of the operands in each other's place gives.
-  template <bool kIsTransposed = false>
-  __device__ __forceinline__ void add(const Tf32A<kSplit>& a, const Tf32B<kSplit>& b) {
-    if constexpr (kSplit) {
-      mma_tf32(small, kIsTransposed ? a.big : a.small, kIsTransposed ? b.small : b.big);
-      mma_tf32(small, kIsTransposed ? a.small : a.big, kIsTransposed ? b.big : b.small);
-    }
-    mma_tf32(big, a.big, b.big);
+  template <bool kSplit>
+  __device__ __forceinline__ float value(int i) const {
+    return kSplit ? big[i] + small[i] : big[i];
   }
-  __device__ __forceinline__ float value(int i) const { return kSplit ? big[i] + small[i] : big[i]; }
 };
+
+// sum[m][first + n] += a[m] * b[n]. The three products of a sum stand four others apart: an mma that has to wait for the
+// one before it takes several times as long. kIsTransposed: gives the bits which the operands in each other's place
+// give.
+template <bool kIsTransposed = false, bool kSplit, int kRows, int kCols, int kSums>
+__device__ __forceinline__ void multiply_add(Tf32Sum (&sum)[kRows][kSums], const Tf32A<kSplit> (&a)[kRows],
+                                             const Tf32B<kSplit> (&b)[kCols], int first) {
+  constexpr int kTogether = kCols < 4 / kRows ? kCols : 4 / kRows;
+#pragma unroll
+  for (int begin = 0; begin < kCols; begin += kTogether) {
+    const auto each = [&](auto f) {
+#pragma unroll
+      for (int n = begin; n < begin + kTogether; ++n) {
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) f(sum[m][first + n], a[m], b[n]);
+      }
+    };
+    using A = Tf32A<kSplit>;
+    using B = Tf32B<kSplit>;
+    if constexpr (kSplit) {
+      each([](Tf32Sum& s, const A& a, const B& b) {
+        mma_tf32(s.small, kIsTransposed ? a.big : a.small, kIsTransposed ? b.small : b.big);
+      });
+    }
+    each([](Tf32Sum& s, const A& a, const B& b) { mma_tf32(s.big, a.big, b.big); });
+    if constexpr (kSplit) {
+      each([](Tf32Sum& s, const A& a, const B& b) {
+        mma_tf32(s.small, kIsTransposed ? a.small : a.big, kIsTransposed ? b.big : b.small);
+      });
+    }
+  }
+}
 
 }  // namespace sdpa

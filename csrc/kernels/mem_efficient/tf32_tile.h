@@ -13,6 +13,13 @@ namespace sdpa::efficient {
 template <class Arch, class T>
 constexpr bool kHasTf32 = Arch::kId >= 80 && std::is_same_v<T, float>;
 
+// Only the widest of these kernels takes E or Ev wider than itself.
+constexpr int kWidestTf32 = 128;
+template <int kHeadDim>
+bool fits_tf32(const ForwardParams& p) {
+  return kHeadDim == kWidestTf32 || (p.E <= kHeadDim && p.Ev <= kHeadDim);
+}
+
 // What a warp owns: kRowBlocks * 16 rows of scores, all kColumns columns. A lane (g = lane / 4, t = lane % 4) has rows
 // g, g + 8, ... and of every eight columns 2t and 2t + 1, as an mma leaves them. Of the results made from scores it
 // has the same rows, and of every 32 columns 8t .. 8t + 7: see FloatTile::load_rows.
@@ -38,6 +45,11 @@ struct WarpTile {
   }
 };
 
+__device__ __forceinline__ float load_shared_4(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ float2 load_shared_8(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
@@ -90,33 +102,100 @@ struct FloatTile {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.set(i, r[i]);
   }
-  // Two operands `b` that are the transposes of rows from row and from row + 8, columns from col.
-  template <bool kSplit>
-  __device__ __forceinline__ void load_columns(Tf32B<kSplit>& b0, Tf32B<kSplit>& b1, int row, int col) const {
+  // Two operands `b` that are the transposes of rows from row and from row + 8, columns from col: b[0] is r[0] and r[1].
+  __device__ __forceinline__ void read_columns(uint32_t (&r)[4], int row, int col) const {
     const int lane = threadIdx.x % 32;
-    uint32_t r[4];
     ldmatrix(r, base + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16 + row * kRowBytes + col * 4);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      b0.set(i, r[i]);
-      b1.set(i, r[2 + i]);
-    }
   }
-  // Four operands `b` that are eight rows from row and 32 columns from col. Their k is in another order than the rows:
-  // k = t is row 2t and k = t + 4 row 2t + 1, so that a lane's scores are an operand `a` as they stand. Column g of
-  // operand j is column 4g + j, so that a lane reads 16 bytes at once, and all lanes of a quarter of the warp from
-  // different banks.
-  template <bool kSplit>
-  __device__ __forceinline__ void load_rows(Tf32B<kSplit> (&b)[4], int row, int col) const {
+  // Four operands `b` that are eight rows from row and 32 columns from col; b[n] is element n of r[0] and of r[1]. Their
+  // k is in another order than the rows: k = t is row 2t and k = t + 4 row 2t + 1, so that a lane's scores are an
+  // operand `a` as they stand. Column g of b[n] is column 4g + n, so that a lane reads 16 bytes at once, and all lanes
+  // of a quarter of the warp from different banks.
+  __device__ __forceinline__ void read_rows(uint4 (&r)[2], int row, int col) const {
     const int lane = threadIdx.x % 32;
     const uint32_t from = base + (lane % 4 * 2) * kRowBytes + lane / 4 * 16 + row * kRowBytes + col * 4;
+    r[0] = load_shared_16(from);
+    r[1] = load_shared_16(from + kRowBytes);
+  }
+  template <bool kSplit>
+  __device__ __forceinline__ void load_columns(Tf32B<kSplit> (&b)[2], int row, int col) const {
+    uint32_t r[4];
+    read_columns(r, row, col);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, r[i]);
+  }
+  template <bool kSplit>
+  __device__ __forceinline__ void load_rows(Tf32B<kSplit> (&b)[4], int row, int col) const {
+    uint4 r[2];
+    read_rows(r, row, col);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 v = load_shared_16(from + i * kRowBytes);
-      b[0].set(i, v.x);
-      b[1].set(i, v.y);
-      b[2].set(i, v.z);
-      b[3].set(i, v.w);
+      b[0].set(i, r[i].x);
+      b[1].set(i, r[i].y);
+      b[2].set(i, r[i].z);
+      b[3].set(i, r[i].w);
+    }
+  }
+};
+
+// A tile taken apart beforehand, for operands `b` that every warp of a block reads.
+template <bool kSplit, int kRows_, int kCols_>
+struct PartsTile {
+  using Tile = FloatTile<kRows_, kCols_>;
+  static constexpr int kRows = kRows_, kCols = kCols_, kBytes = (kSplit ? 2 : 1) * Tile::kBytes;
+
+  Tile big;
+  __device__ __forceinline__ Tile small() const { return {big.base + Tile::kBytes}; }
+
+  // All threads of the block together.
+  template <int kThreads>
+  __device__ __forceinline__ void take_apart(const Tile& whole) const {
+    static_assert(kRows * kCols / 4 % kThreads == 0);
+#pragma unroll 4
+    for (int n = fresh_thread_index(); n < kRows * kCols / 4; n += kThreads) {
+      const uint32_t place = n / (kCols / 4) * Tile::kRowBytes + n % (kCols / 4) * 16;
+      const uint4 x = load_shared_16(whole.base + place);
+      Tf32A<kSplit> parts;
+      parts.set(0, x.x);
+      parts.set(1, x.y);
+      parts.set(2, x.z);
+      parts.set(3, x.w);
+      store_shared_16(big.base + place, {parts.big[0], parts.big[1], parts.big[2], parts.big[3]});
+      if constexpr (kSplit) {
+        store_shared_16(small().base + place, {parts.small[0], parts.small[1], parts.small[2], parts.small[3]});
+      }
+    }
+  }
+  __device__ __forceinline__ void load_columns(Tf32B<kSplit> (&b)[2], int row, int col) const {
+    uint32_t r[4];
+    big.read_columns(r, row, col);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2].big[i % 2] = r[i];
+    if constexpr (kSplit) {
+      small().read_columns(r, row, col);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i / 2].small[i % 2] = r[i];
+    }
+  }
+  __device__ __forceinline__ void load_rows(Tf32B<kSplit> (&b)[4], int row, int col) const {
+    uint4 r[2];
+    big.read_rows(r, row, col);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      b[0].big[i] = r[i].x;
+      b[1].big[i] = r[i].y;
+      b[2].big[i] = r[i].z;
+      b[3].big[i] = r[i].w;
+    }
+    if constexpr (kSplit) {
+      small().read_rows(r, row, col);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        b[0].small[i] = r[i].x;
+        b[1].small[i] = r[i].y;
+        b[2].small[i] = r[i].z;
+        b[3].small[i] = r[i].w;
+      }
     }
   }
 };
@@ -133,7 +212,7 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
   constexpr int kTogether = A::kCols < kColumnsTogether ? A::kCols : kColumnsTogether;
 #pragma unroll 1
   for (int first = 0; first < min(A::kCols, depth); first += kTogether) {
-    Tf32Sum<kSplit> sum[Warp::kRowBlocks][Warp::kTiles];
+    Tf32Sum sum[Warp::kRowBlocks][Warp::kTiles];
 #pragma unroll
     for (int col = first; col < first + kTogether; col += 8) {
       Tf32A<kSplit> a[Warp::kRowBlocks];
@@ -142,35 +221,37 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
 #pragma unroll
       for (int n = 0; n < Warp::kTiles; n += 2) {
         Tf32B<kSplit> b[2];
-        b_tile.load_columns(b[0], b[1], 8 * n, col);
-#pragma unroll
-        for (int m = 0; m < Warp::kRowBlocks; ++m) {
-          sum[m][n].template add<kIsTransposed>(a[m], b[0]);
-          sum[m][n + 1].template add<kIsTransposed>(a[m], b[1]);
-        }
+        b_tile.load_columns(b, 8 * n, col);
+        multiply_add<kIsTransposed>(sum, a, b, n);
       }
     }
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
 #pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += sum[i / 2][j / 2].value(i % 2 * 2 + j % 2);
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += sum[i / 2][j / 2].template value<kSplit>(i % 2 * 2 + j % 2);
     }
   }
 }
 
-// Calls use(i, c, x) for every result x = scores times rows of a tile, a product of kColumns by kColumns x kWidth.
-// Column blocks of 32 are done kTogether at a time: each operand `a` serves them all. Those that lie beyond `width` are
-// skipped. (The branch does more than that: without it ptxas mixes the groups, and spills.)
+// Rows whose products with scores are summed up before they join the others.
+constexpr int kRowsTogether = 32;
+
+// Calls use(i, c, x) for every result x = scores times rows of a tile, a product of kColumns by kColumns x kWidth, as
+// a sum of one or more parts. Column blocks of 32 are done kTogether at a time: each operand `a` serves them all. Those
+// that lie beyond `width` are skipped. (The branch does more than that: without it ptxas mixes the groups, and spills.)
 template <bool kSplit, int kTogether, class Warp, class RowTile, class F>
 __device__ __forceinline__ void multiply_result(const Scores<Warp>& score, const RowTile& rows, int width, F use) {
   static_assert(RowTile::kRows == Warp::kColumns && RowTile::kCols == Warp::kWidth);
   static_assert(Warp::kWidth % (32 * kTogether) == 0);
+  constexpr int kDepth = Warp::kColumns < kRowsTogether ? Warp::kColumns : kRowsTogether;
 #pragma unroll
-  for (int first = 0; first < Warp::kWidth / 32; first += kTogether) {
-    if (first > 0 && 32 * first >= width) return;
-    Tf32Sum<kSplit> sum[Warp::kRowBlocks][4 * kTogether];
+  for (int part = 0; part < Warp::kWidth / 32 / kTogether * (Warp::kColumns / kDepth); ++part) {
+    const int first = part / (Warp::kColumns / kDepth) * kTogether;  // column block
+    const int first_row = part % (Warp::kColumns / kDepth) * kDepth;
+    if (32 * first >= width) return;
+    Tf32Sum sum[Warp::kRowBlocks][4 * kTogether];
 #pragma unroll
-    for (int k = 0; k < Warp::kTiles; ++k) {
+    for (int k = first_row / 8; k < (first_row + kDepth) / 8; ++k) {
       Tf32A<kSplit> a[Warp::kRowBlocks];
 #pragma unroll
       for (int m = 0; m < Warp::kRowBlocks; ++m) {
@@ -181,11 +262,7 @@ __device__ __forceinline__ void multiply_result(const Scores<Warp>& score, const
       for (int block = 0; block < kTogether; ++block) {
         Tf32B<kSplit> b[4];
         rows.load_rows(b, 8 * k, 32 * (first + block));
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int m = 0; m < Warp::kRowBlocks; ++m) sum[m][4 * block + n].add(a[m], b[n]);
-        }
+        multiply_add(sum, a, b, 4 * block);
       }
     }
 #pragma unroll
@@ -194,7 +271,7 @@ __device__ __forceinline__ void multiply_result(const Scores<Warp>& score, const
       for (int n = 0; n < 4 * kTogether; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          use(2 * m + i / 2, 8 * (first + n / 4) + i % 2 * 4 + n % 4, sum[m][n].value(i));
+          use(2 * m + i / 2, 8 * (first + n / 4) + i % 2 * 4 + n % 4, sum[m][n].template value<kSplit>(i));
         }
       }
     }
