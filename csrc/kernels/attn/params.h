@@ -52,6 +52,8 @@ struct BackwardParams : ForwardParams {
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
   float* delta = nullptr;                      // scratch (B, H, L): rowsum(grad_output * output)
   float* grad_query_accum = nullptr;  // scratch (B, H, L, E) contiguous, zeroed by the caller; only if asked for
+  // scratch (B, H, ceil(L / 16), ceil(E / 32)), zeroed by the caller; only if asked for and deterministic
+  int* grad_query_turns = nullptr;
   bool deterministic = false;
 };
 
