@@ -36,6 +36,7 @@ struct ForwardParams {
   MaskKind mask_kind = MaskKind::kNone;
   float scale = 1.f;       // any finite float, zero and negative too
   bool is_causal = false;  // top-left aligned: query i sees keys j <= i, also when L != S
+  bool allow_tf32 = false;  // float32 products may be computed in TF32
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;   // device pointer to one number; read only if dropout_p > 0
   int64_t first_batch_head = 0;    // added to b * H + h in the dropout counter (see dropout.h)
@@ -52,6 +53,8 @@ struct BackwardParams : ForwardParams {
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
   float* delta = nullptr;                      // scratch (B, H, L): rowsum(grad_output * output)
   float* grad_query_accum = nullptr;  // scratch (B, H, L, E) contiguous, zeroed by the caller; only if asked for
+  // scratch (B, H, ceil(L / 16), ceil(E / 32)), zeroed by the caller; only if asked for and deterministic
+  int* grad_query_turns = nullptr;
   bool deterministic = false;
 };
 

@@ -10,6 +10,7 @@
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
+#include "efficient_bwd_tf32.cuh"
 #include "in_flight.h"
 #include "statistics.h"
 #include "tile.h"
@@ -408,43 +409,52 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
   }
 }
 
-}  // namespace efficient
-
 template <class Arch, class T, int kHeadDim>
-cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Tile = efficient::BackwardTile<Arch, kHeadDim>;
+cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
+  using Tile = BackwardTile<Arch, kHeadDim>;
   static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
   if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
-  const auto width_blocks = [](int64_t width) { return static_cast<unsigned>(efficient::ceil_div(width, kHeadDim)); };
+  const auto width_blocks = [](int64_t width) { return static_cast<unsigned>(ceil_div(width, kHeadDim)); };
   const bool wants_query = p.grad_query.data != nullptr, wants_key = p.grad_key.data != nullptr;
   const bool wants_value = p.grad_value.data != nullptr, wants_mask = p.grad_mask != nullptr;
   cudaError_t error = cudaSuccess;
 
   if (const int64_t rows = p.B * p.H * p.L; rows > 0 && (wants_query || wants_key || wants_mask)) {
-    const int64_t blocks = efficient::ceil_div(rows * efficient::kDeltaLanes, efficient::kDeltaThreads);
-    efficient::delta_kernel<T><<<static_cast<unsigned>(blocks), efficient::kDeltaThreads, 0, stream>>>(p);
+    const int64_t blocks = ceil_div(rows * kDeltaLanes, kDeltaThreads);
+    delta_kernel<T><<<static_cast<unsigned>(blocks), kDeltaThreads, 0, stream>>>(p);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (const int64_t heads = p.B * (p.H / p.group); heads * p.S > 0 && (wants_key || wants_value)) {
-    constexpr auto kKernel = &efficient::grad_key_value_kernel<Arch, T, kHeadDim>;
-    error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    constexpr auto kKernel = &grad_key_value_kernel<Arch, T, kHeadDim>;
+    error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
     if (error != cudaSuccess) return error;
     const unsigned key_blocks = wants_key ? width_blocks(p.E) : 0, value_blocks = wants_value ? width_blocks(p.Ev) : 0;
-    const dim3 grid(static_cast<unsigned>(heads * efficient::ceil_div(p.S, Tile::kRows)),
+    const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.S, Tile::kRows)),
                     key_blocks > value_blocks ? key_blocks : value_blocks);
     kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   if (const int64_t heads = p.B * p.H; heads * p.L > 0 && (wants_query || wants_mask)) {
-    constexpr auto kKernel = &efficient::grad_query_kernel<Arch, T, kHeadDim>;
-    error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    constexpr auto kKernel = &grad_query_kernel<Arch, T, kHeadDim>;
+    error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
     if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(heads * efficient::ceil_div(p.L, Tile::kRows)),
+    const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.L, Tile::kRows)),
                     wants_query ? width_blocks(p.E) : 1);
     kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
     error = cudaGetLastError();
   }
   return error;
+}
+
+}  // namespace efficient
+
+template <class Arch, class T, int kHeadDim>
+cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
+  if constexpr (efficient::kHasTf32<Arch, T>) {
+    return efficient::tf32_backward<Arch, kHeadDim>(p, stream);
+  } else {
+    return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
+  }
 }
 
 }  // namespace sdpa

@@ -1,4 +1,5 @@
-// Memory-efficient attention, forward: float32 arithmetic, any head dims, any chip from sm_70 up.
+// Memory-efficient attention, forward: float32 arithmetic, any head dims, any chip from sm_70 up. (float32 tensors on
+// sm_80 and newer: efficient_fwd_tf32.cuh.)
 //
 // A block owns kRows queries of one head and kHeadDim columns of their output, and walks over the keys in tiles.
 // Scores accumulate over chunks of E that pass through shared memory. An output wider than kHeadDim is covered by
@@ -7,6 +8,7 @@
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
+#include "efficient_fwd_tf32.cuh"
 #include "in_flight.h"
 #include "statistics.h"
 #include "tile.h"
@@ -149,18 +151,21 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
-  using Tile = efficient::ForwardTile<Arch, kHeadDim>;
-  static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
-  constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
-  if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
-  if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
-  if (const cudaError_t error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>(); error != cudaSuccess) {
-    return error;
+  if constexpr (efficient::kHasTf32<Arch, T>) {
+    return efficient::tf32_forward<Arch, kHeadDim>(p, stream);
+  } else {
+    using Tile = efficient::ForwardTile<Arch, kHeadDim>;
+    static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
+    constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
+    if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
+    if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
+    const cudaError_t error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(p.B * p.H * efficient::ceil_div(p.L, Tile::kRows)),
+                    static_cast<unsigned>(efficient::ceil_div(p.Ev, kHeadDim)));
+    kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
+    return cudaGetLastError();
   }
-  const dim3 grid(static_cast<unsigned>(p.B * p.H * efficient::ceil_div(p.L, Tile::kRows)),
-                  static_cast<unsigned>(efficient::ceil_div(p.Ev, kHeadDim)));
-  kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
-  return cudaGetLastError();
 }
 
 }  // namespace sdpa
