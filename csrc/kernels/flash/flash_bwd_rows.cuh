@@ -10,6 +10,32 @@
 
 namespace sdpa {
 
+// The variants of the main kernel: what becomes of scores besides causality. kMask takes dropout, too.
+enum class ScoreEdit { kNone, kDropout, kMask };
+
+// SharedTile::fill, also for blocks of so few threads that a thread does not keep its swizzle from row to row.
+template <int kThreads, class Order = InOrder, class Tile, class U>
+__device__ __forceinline__ void fill_tile(const Tile& tile, const HeadRows<U>& source, int row0) {
+  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
+  if constexpr (kRowStep % 8 == 0) {
+    tile.template fill<kThreads, Order>(source, row0);
+  } else {
+    const int chunk = threadIdx.x % Tile::kChunksPerRow, first = threadIdx.x / Tile::kChunksPerRow;
+    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
+#pragma unroll 4
+    for (int row = first; row < Tile::kRows; row += kRowStep) {
+      const uint32_t to = tile.base + Tile::offset(row, chunk);
+      const int from = row0 + Order::key(row);
+      const bool inside = from < source.rows;
+      if (source.access == HeadRows<U>::Access::kChunk) {
+        cp_async<16>(to, source.at(from, chunk * kChunkElements), inside ? present * 2 : 0);
+      } else {
+        store_shared_16(to, inside ? read_chunk(source, from, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+      }
+    }
+  }
+}
+
 // The rows of (B, H, L) in order, kHeadDim / 8 lanes for each, 8 columns a lane.
 template <int kHeadDim>
 struct RowSweep {
@@ -44,8 +70,25 @@ __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
   if (row < p.L && col == 0) p.delta[int64_t{batch_head} * p.L + row] = sum;
 }
 
+// Adds four floats to a 16-byte aligned place, where the chip can in one reduction. Both ways do the same; this is not
+// a code path, so it need not be a template parameter.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kVectorReductions = true;
+__device__ __forceinline__ void reduce_4(float* to, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+#else
+constexpr bool kVectorReductions = false;
+__device__ __forceinline__ void reduce_4(float* to, const float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
+}
+#endif
+
 // dQ of one head in float32, row after row. But where 16 rows are complete and E is a multiple of 8, each 16 x 8 tile
-// of them lies in the order in which a warp holds it, so that a warp adds to 128 bytes in a row with each instruction.
+// of them lies in the order in which a warp holds it, so that a warp adds to neighbouring bytes with each instruction.
 struct GradQuerySums {
   float* data;
   int L, E;
@@ -62,9 +105,13 @@ struct GradQuerySums {
     const int lane = threadIdx.x % 32;
     if (is_tiled(row0)) {
       if (tile * 8 >= E) return;
-      float* const to = data + int64_t{row0} * E + tile * 128 + lane;
+      float* const to = data + int64_t{row0} * E + tile * 128;
+      if constexpr (kVectorReductions) {
+        reduce_4(to + lane * 4, values);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32, values[i]);
+        for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -79,7 +126,7 @@ struct GradQuerySums {
     const int row0 = row - row % 16;
     if (!is_tiled(row0)) return data[int64_t{row} * E + col];
     const int r = row % 16, i = r / 8 * 2 + col % 2, lane = r % 8 * 4 + col % 8 / 2;
-    return data[int64_t{row0} * E + col / 8 * 128 + i * 32 + lane];
+    return data[int64_t{row0} * E + col / 8 * 128 + (kVectorReductions ? lane * 4 + i : i * 32 + lane)];
   }
 };
 
