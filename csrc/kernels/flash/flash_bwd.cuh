@@ -52,10 +52,10 @@ cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
 }
 
 // The tile for the shared memory that the current device gives a block: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB
-// on sm90.
+// on sm90. With a mask the narrow kernel is the faster one at 128, too.
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 64) {
+  if constexpr (kHeadDim <= 64 || (kHeadDim <= 128 && has_mask(kEdit))) {
     return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
   } else {
     int device = 0, limit = 0;
@@ -63,14 +63,17 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
     const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
     if constexpr (kHeadDim <= 128) {
-      using Large = WideTile<8, 2, 2, 64, 2, 2, 16, 163 * 1024>;
+      using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
       if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
       return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
     } else {
-      using Huge = WideTile<8, 2, 4, 64, 2, 2, 16, 227 * 1024>;
-      using Large = WideTile<8, 2, 4, 64, 1, 1, 16, 163 * 1024>;
-      using Small = WideTile<4, 1, 2, 32, 2, 1, 16, 99 * 1024>;
-      if (limit >= Huge::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, stream);
+      using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
+      using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
+      using Huge = WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>;
+      using Huge192 = WideTile<192, 8, 2, 4, 64, 2, 2, 227 * 1024>;
+      const bool is_huge = limit >= Huge::kMaxSharedBytes;
+      if (is_huge && std::max(p.E, p.Ev) <= 192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, stream);
+      if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, stream);
       if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
       return launch_wide<Arch, T, kHeadDim, kEdit, Small>(p, stream);
     }
@@ -102,9 +105,13 @@ cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
     main.grad_mask = nullptr;
   }
 
-  const auto error = p.mask_kind != MaskKind::kNone ? main_backward<Arch, T, kHeadDim, ScoreEdit::kMask>(main, stream)
-                     : p.dropout_p > 0.f ? main_backward<Arch, T, kHeadDim, ScoreEdit::kDropout>(main, stream)
-                                         : main_backward<Arch, T, kHeadDim, ScoreEdit::kNone>(main, stream);
+  const auto run = [&] {
+    if (main.grad_mask != nullptr) return main_backward<Arch, T, kHeadDim, ScoreEdit::kMaskGradient>(main, stream);
+    if (p.mask_kind != MaskKind::kNone) return main_backward<Arch, T, kHeadDim, ScoreEdit::kMask>(main, stream);
+    if (p.dropout_p > 0.f) return main_backward<Arch, T, kHeadDim, ScoreEdit::kDropout>(main, stream);
+    return main_backward<Arch, T, kHeadDim, ScoreEdit::kNone>(main, stream);
+  };
+  const auto error = run();
   if (error != cudaSuccess) return error;
   if (rows.blocks() > 0 && main.grad_query.data != nullptr) {
     flash_convert_kernel<T, kHeadDim><<<row_grid, Sweep::kThreads, 0, stream>>>(p, rows);

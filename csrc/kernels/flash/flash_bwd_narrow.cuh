@@ -24,22 +24,22 @@ namespace sdpa {
 // number of float32 additions to dQ low: every key tile adds to every dQ row once.
 template <int kHeadDim, ScoreEdit kEdit>
 struct NarrowTile {
-  static constexpr bool kHasMask = kEdit == ScoreEdit::kMask;
+  static constexpr bool kHasMask = has_mask(kEdit);
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
-  static constexpr int kStep = (kHasMask && kHeadDim <= 64) || (kEdit == ScoreEdit::kDropout && kHeadDim <= 32)
-                                   ? 16
-                                   : 32;  // queries whose scores are in registers at once
+  // Queries whose scores are in registers at once: as many as there is room for.
+  static constexpr bool kFits = kEdit == ScoreEdit::kNone || (kEdit == ScoreEdit::kMask && kHeadDim > 64);
+  static constexpr int kStep = kFits ? 32 : 16;
   static constexpr int kGradStages = kHeadDim <= 64 ? 2 : 1;
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
-  static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 0 : kKeyBlocks;
+  static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 1 : kKeyBlocks;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct NarrowBackward {
-  static constexpr bool kHasMask = kEdit == ScoreEdit::kMask;
+  static constexpr bool kHasMask = has_mask(kEdit);
   static constexpr int kWarps = Tile::kWarps, kThreads = kWarps * 32;
   static constexpr int kKeyBlocks = Tile::kKeyBlocks;
   static constexpr int kKeyTile = kWarps * kKeyBlocks * 16;
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
-  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
-  // computed from their origins again.
+  // With a mask or dropout there are no registers for addresses that would stay valid over the loop: from here on they
+  // are computed from their origins again.
   const auto start_anew = [&] {
-    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    if constexpr (kEdit != ScoreEdit::kNone) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
   };
 
   // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
@@ -164,6 +164,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     __syncthreads();
   }
 
+  constexpr bool kMaskGradient = kEdit == ScoreEdit::kMaskGradient;
+  const bool mask_from_registers = kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p);
   float grad_key[kKeyBlocks][kHeadDim / 8][4] = {}, grad_value[kKeyBlocks][kHeadDim / 8][4] = {};
 
   if (items > 0) {
@@ -187,7 +189,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 
     const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
     int steps = kQueryTile / kStep;
-    if constexpr (kHasMask) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
+    if constexpr (kEdit != ScoreEdit::kNone)
+      asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
       TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
@@ -301,6 +304,14 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
           to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
           score_tile.put_a(a[m], warp_block + m, query_block);
         }
+        if constexpr (kMaskGradient) {
+          if (mask_from_registers) {
+            start_anew();
+            MaskGradientRuns<kKeyBlocks>::add(scores, 2 * k, p, batch, head_of(item),
+                                              q0 + query_block * 16 + lane % 4 * 2,
+                                              k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+          }
+        }
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t b[4];
@@ -321,8 +332,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
 
-    if constexpr (kHasMask) {
-      if (p.grad_mask != nullptr) {
+    if constexpr (kMaskGradient) {
+      if (!mask_from_registers) {
         add_mask_gradient<T, Flash::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
       }
     }

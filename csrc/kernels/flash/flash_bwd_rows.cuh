@@ -10,8 +10,12 @@
 
 namespace sdpa {
 
-// The variants of the main kernel: what becomes of scores besides causality. kMask takes dropout, too.
-enum class ScoreEdit { kNone, kDropout, kMask };
+// The variants of the main kernel: what becomes of scores besides causality. Those with a mask take dropout, too;
+// kMaskGradient also makes the mask's gradient.
+enum class ScoreEdit { kNone, kDropout, kMask, kMaskGradient };
+constexpr bool has_mask(ScoreEdit edit) {
+  return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
+}
 
 // SharedTile::fill, also for blocks of so few threads that a thread does not keep its swizzle from row to row.
 template <int kThreads, class Order = InOrder, class Tile, class U>
@@ -70,22 +74,57 @@ __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
   if (row < p.L && col == 0) p.delta[int64_t{batch_head} * p.L + row] = sum;
 }
 
-// Adds four floats to a 16-byte aligned place, where the chip can in one reduction. Both ways do the same; this is not
-// a code path, so it need not be a template parameter.
+// Adds two or four floats to a place aligned to as many, where the chip can in one reduction. Both ways do the same;
+// this is not a code path, so it need not be a template parameter.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kVectorReductions = true;
-__device__ __forceinline__ void reduce_4(float* to, const float (&x)[4]) {
+__device__ __forceinline__ void reduce(float* to, const float (&x)[2]) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x[0]), "f"(x[1]) : "memory");
+}
+__device__ __forceinline__ void reduce(float* to, const float (&x)[4]) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
                "f"(x[3])
                : "memory");
 }
 #else
 constexpr bool kVectorReductions = false;
-__device__ __forceinline__ void reduce_4(float* to, const float (&x)[4]) {
+template <int kCount>
+__device__ __forceinline__ void reduce(float* to, const float (&x)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) atomicAdd(to + i, x[i]);
+  for (int i = 0; i < kCount; ++i) atomicAdd(to + i, x[i]);
 }
 #endif
+
+// The mask's gradient straight from the accumulators of dS^T, for a gradient whose rows lie as most do, on chips where
+// the reductions of a lane's neighbouring keys (RowRuns<kKeyBlocks>) are one. Elsewhere: add_mask_gradient.
+template <int kKeyBlocks>
+struct MaskGradientRuns {
+  static __device__ __forceinline__ bool fit(const BackwardParams& p) {
+    const int64_t* const stride = p.grad_mask_stride;
+    const uint64_t bits = reinterpret_cast<uint64_t>(p.grad_mask) | static_cast<uint64_t>(p.S * 4) |
+                          static_cast<uint64_t>((stride[0] | stride[1] | stride[2]) * 4);
+    return kVectorReductions && stride[3] == 1 && stride[2] != 0 && bits % 16 == 0;
+  }
+  // 16 queries: accumulators n and n + 1. `query` and `key` are this lane's first.
+  template <int kCols>
+  static __device__ __forceinline__ void add(const float (&scores)[kKeyBlocks][kCols][4], int n,
+                                             const BackwardParams& p, int batch, int head, int query, int key) {
+    if (key >= p.S) return;
+    const int64_t* const stride = p.grad_mask_stride;
+    float* const to = p.grad_mask + batch * stride[0] + head * stride[1] + query * stride[2] + key;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i / 2 * 8 + i % 2;
+      float run[2 * kKeyBlocks];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+        run[2 * m] = scores[m][n + i / 2][i % 2];
+        run[2 * m + 1] = scores[m][n + i / 2][i % 2 + 2];
+      }
+      if (query + row < p.L) reduce(to + row * stride[2], run);
+    }
+  }
+};
 
 // dQ of one head in float32, row after row. But where 16 rows are complete and E is a multiple of 8, each 16 x 8 tile
 // of them lies in the order in which a warp holds it, so that a warp adds to neighbouring bytes with each instruction.
@@ -107,7 +146,7 @@ struct GradQuerySums {
       if (tile * 8 >= E) return;
       float* const to = data + int64_t{row0} * E + tile * 128;
       if constexpr (kVectorReductions) {
-        reduce_4(to + lane * 4, values);
+        reduce(to + lane * 4, values);
       } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);

@@ -19,30 +19,30 @@
 
 namespace sdpa {
 
-// kKeyBlocks: 16-key blocks of a warp's group. kShares: warps that share a group. kStages: of queries, kGradStages: of
-// dO. kStep: queries whose scores are in registers at once. kSharedBytes: what the chip must let a block have.
-template <int kWarps_, int kKeyBlocks_, int kShares_, int kQueries_, int kStages_, int kGradStages_, int kMaskedStep_,
+// kCols: columns that are computed; rows in shared memory are as long as the head dim. kKeyBlocks: 16-key blocks of a
+// group of kShares warps. kStages: of queries and of dO. kMaxSharedBytes: what the chip lets a block have.
+template <int kCols_, int kWarps_, int kKeyBlocks_, int kShares_, int kQueries_, int kStages_, int kGradStages_,
           int kMaxSharedBytes_>
 struct WideTile {
-  static constexpr int kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_, kQueries = kQueries_;
-  static constexpr int kStages = kStages_, kGradStages = kGradStages_, kMaskedStep = kMaskedStep_;
+  static constexpr int kCols = kCols_, kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_;
+  static constexpr int kQueries = kQueries_, kStages = kStages_, kGradStages = kGradStages_;
   static constexpr int kMaxSharedBytes = kMaxSharedBytes_;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct WideBackward {
-  static constexpr bool kHasMask = kEdit == ScoreEdit::kMask;
+  static constexpr bool kHasMask = has_mask(kEdit);
   static constexpr int kThreads = Tile::kWarps * 32, kGroups = Tile::kWarps / Tile::kShares;
   static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
   static constexpr int kShareQueries = kQueryTile / Tile::kShares;  // of a warp, for the scores
-  static constexpr int kStep = kHasMask ? Tile::kMaskedStep : kShareQueries;
-  static constexpr int kShareBlocks = kHeadDim / Tile::kShares / 16;  // 16-column blocks of a warp, for dK and dV
+  static constexpr int kStep = kHasMask ? 16 : kShareQueries;       // queries whose scores are in registers at once
+  static constexpr int kShareBlocks = Tile::kCols / Tile::kShares / 16;  // 16-column blocks of a warp, for dK and dV
   // dQ: each warp takes 32 queries and a share of the columns.
   static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = Tile::kWarps / kQueryGroups;
-  static constexpr int kPasses = kHeadDim > 128 ? 2 : 1;  // over this share, for want of registers
-  static constexpr int kGradQueryBlocks = kHeadDim / kColGroups / 16 / kPasses;
-  static_assert(kShareQueries % kStep == 0 && kStep % 16 == 0);
-  static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == kHeadDim);
+  static constexpr int kPasses = Tile::kCols > 192 ? 2 : 1;  // over this share, for want of registers
+  static constexpr int kGradQueryBlocks = Tile::kCols / kColGroups / 16 / kPasses;
+  static_assert(kShareQueries % kStep == 0 && kStep % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
+  static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
@@ -144,6 +144,45 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     fetch_grad(0);
     publish_row(read_row(0));
   }
+  // dQ = dS K. Its reductions are on their way while dV and dK are computed, unless these come first, so that their
+  // operands can be fetched for the next tile.
+  constexpr bool kQueryFirst = Tile::kStages > 1 && Tile::kGradStages > 1;
+  const auto add_query_gradient = [&](int item) {
+    if (p.grad_query.data == nullptr) return;
+    const int q0 = row_of(item);
+    constexpr int kBlocks = Flash::kGradQueryBlocks;
+    const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
+    const GradQuerySums sums(p, batch * heads + head_of(item));
+#pragma unroll 1
+    for (int pass = 0; pass < Flash::kPasses; ++pass) {
+      const int first_block = (col_group * Flash::kPasses + pass) * kBlocks;
+      float grad_query[2][2 * kBlocks][4] = {};
+#pragma unroll
+      for (int k = 0; k < kKeyTile / 16; ++k) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          uint32_t b[4];
+          key_tile.load_b(b, lane_offset, k, first_block + n);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
+            Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kBlocks; ++n) {
+          sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, first_block * 2 + n);
+        }
+      }
+    }
+  };
+
 #pragma unroll 1
   for (int item = 0; item < items; ++item) {
     start_anew();
@@ -172,7 +211,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
       float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
+      for (int k = 0; k < Tile::kCols / 16; ++k) {
         uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
@@ -268,6 +307,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     start_anew();
     const float3 next_row = read_row(item + 1);  // on its way meanwhile
 
+    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+      add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
+    }
+    if constexpr (kQueryFirst) add_query_gradient(item);
+
     // Of this warp's keys and columns: sum += scores * rows
     const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::ScoreTile& tile,
                               const typename Flash::QueryTile& rows) {
@@ -299,46 +343,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if (item + 1 < items) fetch_query(item + 1);
     }
 
-    if constexpr (kHasMask) {
-      if (p.grad_mask != nullptr) {
-        add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
-      }
-    }
-
-    // dQ = dS K
-    if (p.grad_query.data != nullptr) {
-      constexpr int kBlocks = Flash::kGradQueryBlocks;
-      const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
-      const GradQuerySums sums(p, batch * heads + head_of(item));
-#pragma unroll 1
-      for (int pass = 0; pass < Flash::kPasses; ++pass) {
-        const int first_block = (col_group * Flash::kPasses + pass) * kBlocks;
-        float grad_query[2][2 * kBlocks][4] = {};
-#pragma unroll
-        for (int k = 0; k < kKeyTile / 16; ++k) {
-          uint32_t a[2][4];
-#pragma unroll
-          for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
-#pragma unroll
-          for (int n = 0; n < kBlocks; ++n) {
-            uint32_t b[4];
-            key_tile.load_b(b, lane_offset, k, first_block + n);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
-              Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2 * kBlocks; ++n) {
-            sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, first_block * 2 + n);
-          }
-        }
-      }
-    }
+    if constexpr (!kQueryFirst) add_query_gradient(item);
     publish_row(next_row);
   }
 
