@@ -1,445 +1,123 @@
 // Flash attention backward on mma.sync, in three kernels:
 //   delta     rowsum(dO * O) for each query row (flash_bwd_rows.cuh);
 //   main      one block for each key tile of a key head, a loop over the query tiles of the query heads that share it:
-//             dK and dV stay in registers, dQ is added up in float32 in global memory;
+//             dK and dV stay in registers, dQ is added up in float32 in global memory. For narrow heads a warp has its
+//             keys to itself (flash_bwd_narrow.cuh), for wide heads several share them (flash_bwd_wide.cuh);
 //   convert   dQ to its own type, strides and scale (flash_bwd_rows.cuh).
-//
-// The main kernel computes the scores transposed (keys are rows), so that P^T and dS^T leave the accumulators of their
-// products as the operand registers of dV += P^T dO and dK += dS^T Q. Only dS goes through shared memory, for dS K.
+// Where sums must be made in order, dQ and the gradient of a mask that broadcasts have kernels of their own
+// (flash_bwd_ordered.cuh), and the main kernel leaves them out.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
+#include "../attn/dropout.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "flash_bwd_narrow.cuh"
+#include "flash_bwd_ordered.cuh"
 #include "flash_bwd_rows.cuh"
+#include "flash_bwd_wide.cuh"
 #include "launch.h"
-#include "score_dropout.cuh"
-#include "score_mask.cuh"
-#include "tile.cuh"
 
 namespace sdpa {
 
-// dK and dV take kKeyBlocks * kHeadDim registers of a lane; the rest follows from that. A long key tile keeps the
-// number of float32 additions to dQ low: every key tile adds to every dQ row once.
-template <int kHeadDim, bool kHasMask>
-struct FlashBackwardTile {
-  static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
-  static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
-  static constexpr int kQueries = 64;
-  static constexpr int kStep = kHasMask && kHeadDim <= 64 ? 16 : 32;  // queries whose scores are in registers at once
-  static constexpr int kGradStages = kHeadDim <= 64 ? 2 : 1;
-  static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
-  static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 0 : kKeyBlocks;
-  static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
-};
+// Flash is NarrowBackward or WideBackward, kKernel its kernel.
+template <class Flash, auto kKernel, class T>
+cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
+  const int64_t key_tiles = (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
+  const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
+  const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
+  if (order.blocks() == 0) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
+                                                                                                  p.scale * kLog2E);
+  return cudaGetLastError();
+}
 
-// kHasMask: the variant for calls with a mask tensor or dropout.
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
-struct FlashBackward {
-  static constexpr int kWarps = Tile::kWarps, kThreads = kWarps * 32;
-  static constexpr int kKeyBlocks = Tile::kKeyBlocks;
-  static constexpr int kKeyTile = kWarps * kKeyBlocks * 16;
-  static constexpr int kQueryTile = Tile::kQueries;
-  static constexpr int kStep = Tile::kStep;
-  static constexpr int kStages = 2;                      // of queries
-  static constexpr int kGradStages = Tile::kGradStages;  // of dO
-  static constexpr int kSteps = kHeadDim / 16;           // k-steps of Q K^T and dO V^T
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
+cudaError_t launch_narrow(const BackwardParams& p, cudaStream_t stream) {
+  using Tile = NarrowTile<kHeadDim, kEdit>;
+  return launch_main_backward<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>,
+                              narrow_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+}
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
+cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
+  return launch_main_backward<WideBackward<Arch, T, kHeadDim, Tile, kEdit>,
+                              wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+}
 
-  // dQ: each warp takes 32 queries and a share of the columns.
-  static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = kWarps / kQueryGroups;
-  static constexpr int kGradQueryBlocks = kHeadDim / kColGroups / 16;  // 16-column blocks of a warp
-  static_assert(kQueryTile % kStep == 0 && kGradQueryBlocks * kColGroups * 16 == kHeadDim);
-
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
-  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile>;  // dS^T
-
-  using KeyOrder = std::conditional_t<kHasMask, RowRuns<kKeyBlocks>, InOrder>;
-  using Range = BlockRange<kQueryTile, kKeyTile>;
-
-  static constexpr int kQueryOffset = KeyTile::kBytes * (Tile::kValueInRegisters ? 1 : 2);
-  static constexpr int kScoreOffset = kQueryOffset + (kStages + kGradStages) * QueryTile::kBytes;
-  static constexpr int kRowOffset = kScoreOffset + ScoreTile::kBytes;  // LSE, delta, rest of LSE
-  static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
-  static_assert(kSharedBytes <= Arch::kSharedBytes);
-  // Values on their way into registers pass through the place of the query and dO stages.
-  static_assert(!Tile::kValueInRegisters || KeyTile::kBytes <= kScoreOffset - kQueryOffset);
-};
-
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
-__global__ void __launch_bounds__(FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>::kThreads, Tile::kBlocksPerSm)
-    flash_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
-                          const __grid_constant__ Dropout dropout, const float scale_log2) {
-  using Flash = FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>;
-  using KeyOrder = typename Flash::KeyOrder;
-
-  using Product = Mma<Arch, T>;
-  constexpr int kKeyBlocks = Flash::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
-  constexpr int kThreads = Flash::kThreads, kSteps = Flash::kSteps, kStep = Flash::kStep;
-  extern __shared__ __align__(1024) unsigned char shared[];
-
-  // Work of this block: the query tiles of `group` query heads, one head after the other.
-  int tile_number, batch_key_head;
-  if (!order.locate(tile_number, batch_key_head)) return;
-  int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
-  const int heads = static_cast<int>(p.H), group = static_cast<int>(p.group), key_heads = heads / group;
-  if constexpr (kHasMask) batch_key_head = side_by_side(p, batch_key_head, key_heads);
-  int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
-  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
-
-  // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | LSE | delta | rest of LSE.
-  const uint32_t base = shared_address(shared);
-  const typename Flash::KeyTile key_tile{base};
-  const typename Flash::KeyTile value_tile{base +
-                                           (Tile::kValueInRegisters ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
-  const auto query_tile = [&](int stage) {
-    return typename Flash::QueryTile{base + Flash::kQueryOffset + stage * Flash::QueryTile::kBytes};
-  };
-  const auto grad_tile = [&](int stage) { return query_tile(Flash::kStages + stage); };
-  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset};
-  float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
-  float* const shared_delta = shared_lse + kQueryTile;
-  float* const shared_rest = shared_delta + kQueryTile;
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
-  const auto lane_offset = Flash::KeyTile::lane_offset();
-  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
-  // computed from their origins again.
-  const auto start_anew = [&] {
-    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
-  };
-
-  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
-  const int tiles = query_tiles - first_tile;
-  int items = tiles * group;
-  if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
-    const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
-    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
-  }
-  const auto head_of = [&](int item) { return key_head * group + item / tiles; };
-  const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
-  const auto fetch_query = [&](int item) {
-    const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
-    query_tile(item % Flash::kStages).template fill<kThreads>(query, row_of(item));
-  };
-  const auto fetch_grad = [&](int item) {
-    const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
-    grad_tile(item % Flash::kGradStages).template fill<kThreads>(grad, row_of(item));
-  };
-  // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
-  // gradient, if only its probabilities are finite, which a mask may prevent.
-  const auto read_row = [&](int item) -> float3 {
-    const int row = row_of(item) + static_cast<int>(threadIdx.x);
-    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
-    const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
-    return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
-  };
-  const auto publish_row = [&](const float3& row) {
-    if (threadIdx.x >= kQueryTile) return;
-    // +inf makes every probability of a row with nothing to attend to 0.
-    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
-    shared_delta[threadIdx.x] = row.y;
-    if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
-  };
-
-  const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  value_tile.template fill<kThreads, KeyOrder>(value, k0);
-  uint32_t value_registers[Tile::kValueInRegisters ? kSteps : 1][kKeyBlocks][4];
-  if constexpr (Tile::kValueInRegisters) {
-    cp_async_wait_all();
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) value_tile.load_a(value_registers[k][m], lane_offset, warp_block + m, k);
+// The tile for the shared memory that the current device gives a block: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB
+// on sm90. With a mask the narrow kernel is the faster one at 128, too.
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
+cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
+  if constexpr (kHeadDim <= 64 || (kHeadDim <= 128 && has_mask(kEdit))) {
+    return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
+  } else {
+    int device = 0, limit = 0;
+    if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    if constexpr (kHeadDim <= 128) {
+      using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
+      if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
+      return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
+    } else {
+      using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
+      using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
+      using Huge = WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>;
+      using Huge192 = WideTile<192, 8, 2, 4, 64, 2, 2, 227 * 1024>;
+      const bool is_huge = limit >= Huge::kMaxSharedBytes;
+      if (is_huge && std::max(p.E, p.Ev) <= 192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, stream);
+      if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, stream);
+      if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
+      return launch_wide<Arch, T, kHeadDim, kEdit, Small>(p, stream);
     }
-    __syncthreads();
-  }
-
-  float grad_key[kKeyBlocks][kHeadDim / 8][4] = {}, grad_value[kKeyBlocks][kHeadDim / 8][4] = {};
-
-  if (items > 0) {
-    fetch_query(0);
-    fetch_grad(0);
-    publish_row(read_row(0));
-  }
-#pragma unroll 1
-  for (int item = 0; item < items; ++item) {
-    start_anew();
-    // This query tile has landed; every warp is done with the one before, its stage and its dS.
-    cp_async_wait_all();
-    __syncthreads();
-    if (item + 1 < items) {
-      fetch_query(item + 1);
-      if constexpr (Flash::kGradStages > 1) fetch_grad(item + 1);
-    }
-
-    const int q0 = row_of(item);
-    const auto query = query_tile(item % Flash::kStages), grad = grad_tile(item % Flash::kGradStages);
-
-    const bool drops = kHasMask && p.dropout_p > 0.f;
-    int steps = kQueryTile / kStep;
-    if constexpr (kHasMask) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
-#pragma unroll
-    for (int step = 0; step < steps; ++step) {
-      TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
-      if constexpr (kHasMask) {
-        mask.read_early(p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
-                        k0 + KeyOrder::key(warp_block * 16 + lane / 4));
-      }
-
-      // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
-      float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        uint32_t key[kKeyBlocks][4];
-        uint32_t (&value)[kKeyBlocks][4] = value_registers[Tile::kValueInRegisters ? k : 0];
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          key_tile.load_a(key[m], lane_offset, warp_block + m, k);
-          if constexpr (!Tile::kValueInRegisters) value_tile.load_a(value[m], lane_offset, warp_block + m, k);
-        }
-#pragma unroll
-        for (int n = 0; n < kStep / 16; ++n) {
-          uint32_t b[4], c[4];
-          query.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
-          grad.load_b_transposed(c, lane_offset, step * (kStep / 16) + n, k);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(scores[m][2 * n], key[m], b[0], b[1]);
-            Product::add(scores[m][2 * n + 1], key[m], b[2], b[3]);
-            Product::add(grad_scores[m][2 * n], value[m], c[0], c[1]);
-            Product::add(grad_scores[m][2 * n + 1], value[m], c[2], c[3]);
-          }
-        }
-      }
-
-      // log2 of P^T, -inf where a query must not attend
-      if constexpr (kHasMask) {
-        start_anew();
-        mask.log2_probability(scores, p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
-                              k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2,
-                              shared_lse + step * kStep + lane % 4 * 2, shared_rest + step * kStep + lane % 4 * 2);
-      } else {
-#pragma unroll
-        for (int n = 0; n < kStep / 8; ++n) {
-          const float2 lse = *reinterpret_cast<const float2*>(shared_lse + step * kStep + n * 8 + lane % 4 * 2);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -lse.x : -lse.y);
-            }
-          }
-        }
-      }
-
-      if (range.is_partial(q0, k0)) {
-        const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int n = 0; n < kStep / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
-              const int row = step * kStep + n * 8 + lane % 4 * 2 + i % 2;
-              if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
-            }
-          }
-        }
-      }
-
-      // 16 queries at a time: dV += P^T dO, dS^T = P^T * (dP^T - delta), dK += dS^T Q
-#pragma unroll
-      for (int k = 0; k < kStep / 16; ++k) {
-        const int query_block = step * (kStep / 16) + k;
-        uint32_t a[kKeyBlocks][4];
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            float& score = scores[m][2 * k + i / 4][i % 4];
-            score = exp2_approx(score);
-          }
-          to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
-          if (drops) {
-            start_anew();
-            const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-            const uint32_t kept =
-                kept_rows<kKeyBlocks>(draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item),
-                                      q0 / 16 + query_block, k0 + warp_block * 16, m);
-            drop<T>(a[m], kept);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              float& grad_score = grad_scores[m][2 * k + i / 4][i % 4];
-              grad_score = kept >> i & 1 ? grad_score * dropout.rescale : 0.f;
-            }
-          }
-        }
-
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          grad.load_b(b, lane_offset, query_block, n);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(grad_value[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_value[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-        const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
-        const float2 deltas[2] = {delta[0], delta[4]};
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float2& row = deltas[i / 4];
-            scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
-          }
-          to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
-          score_tile.put_a(a[m], warp_block + m, query_block);
-        }
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          query.load_b(b, lane_offset, query_block, n);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(grad_key[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_key[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
-    }
-
-    __syncthreads();  // dS is complete; dO, LSE and delta are free
-    start_anew();
-    if constexpr (Flash::kGradStages == 1) {
-      if (item + 1 < items) fetch_grad(item + 1);
-    }
-    const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
-
-    if constexpr (kHasMask) {
-      if (p.grad_mask != nullptr) {
-        add_mask_gradient<T, Flash::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
-      }
-    }
-
-    // dQ = dS K
-    if (p.grad_query.data != nullptr) {
-      constexpr int kBlocks = Flash::kGradQueryBlocks;
-      const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
-      const auto score_lane_offset = Flash::ScoreTile::lane_offset();
-      float grad_query[2][2 * kBlocks][4] = {};
-#pragma unroll
-      for (int k = 0; k < kKeyTile / 16; ++k) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-          uint32_t b[4];
-          key_tile.load_b(b, lane_offset, k, col_group * kBlocks + n);
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
-      const GradQuerySums sums(p, batch * heads + head_of(item));
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2 * kBlocks; ++n) {
-          sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, col_group * 2 * kBlocks + n);
-        }
-      }
-    }
-    publish_row(next_row);
-  }
-
-  // dK and dV leave through the key tile, where each warp has its rows.
-  cp_async_wait_all();
-  __syncthreads();
-  const int warp_row = k0 + warp_block * 16;
-  if (p.grad_value.data != nullptr) {
-    if constexpr (kHasMask) {
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) grad_value[m][n][i] *= dropout.rescale;  // 1 without dropout
-        }
-      }
-    }
-
-    const HeadRows<T> target(p.grad_value, batch, key_head, p.S, p.Ev);
-    key_tile.template store<kKeyBlocks, KeyOrder>(grad_value, warp_block, target, warp_row);
-  }
-  if (p.grad_key.data != nullptr) {
-#pragma unroll
-    for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) grad_key[m][n][i] *= p.scale;
-      }
-    }
-    const HeadRows<T> target(p.grad_key, batch, key_head, p.S, p.E);
-    key_tile.template store<kKeyBlocks, KeyOrder>(grad_key, warp_block, target, warp_row);
   }
 }
 
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
-cudaError_t launch_flash_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Flash = FlashBackward<Arch, T, kHeadDim, Tile, kHasMask>;
+// Head dims E and Ev from 1 to kHeadDim.
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
   using Sweep = RowSweep<kHeadDim>;
-  constexpr auto kKernel = flash_backward_kernel<Arch, T, kHeadDim, Tile, kHasMask>;
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   const BlockOrder rows = Sweep::order(p);
   const dim3 row_grid(rows.grid_x(), rows.grid_y());
-
   if (rows.blocks() > 0) {
     flash_delta_kernel<T, kHeadDim><<<row_grid, Sweep::kThreads, 0, stream>>>(p, rows);
     if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  const int64_t key_tiles = (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
-  const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
-  const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
-  if (order.blocks() > 0) {
-    if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-    const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device
-    kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
-                                                                                                    p.scale * kLog2E);
-    if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
+
+  // What is to be summed up in order leaves the main kernel's share of the work.
+  BackwardParams main = p;
+  if (p.deterministic && p.grad_query.data != nullptr) {
+    const auto error = p.mask_kind == MaskKind::kNone ? launch_query_gradient<Arch, T, kHeadDim, false>(p, stream)
+                                                      : launch_query_gradient<Arch, T, kHeadDim, true>(p, stream);
+    if (error != cudaSuccess) return error;
+    main.grad_query.data = nullptr;
   }
-  if (rows.blocks() > 0 && p.grad_query.data != nullptr) {
+  if (p.deterministic && p.grad_mask != nullptr && sums_mask_gradient(p)) {
+    if (const auto error = launch_mask_gradient<Arch, T, kHeadDim>(p, stream); error != cudaSuccess) return error;
+    main.grad_mask = nullptr;
+  }
+
+  const auto run = [&] {
+    if (main.grad_mask != nullptr) return main_backward<Arch, T, kHeadDim, ScoreEdit::kMaskGradient>(main, stream);
+    if (p.mask_kind != MaskKind::kNone) return main_backward<Arch, T, kHeadDim, ScoreEdit::kMask>(main, stream);
+    if (p.dropout_p > 0.f) return main_backward<Arch, T, kHeadDim, ScoreEdit::kDropout>(main, stream);
+    return main_backward<Arch, T, kHeadDim, ScoreEdit::kNone>(main, stream);
+  };
+  const auto error = run();
+  if (error != cudaSuccess) return error;
+  if (rows.blocks() > 0 && main.grad_query.data != nullptr) {
     flash_convert_kernel<T, kHeadDim><<<row_grid, Sweep::kThreads, 0, stream>>>(p, rows);
     if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
-}
-
-// Head dims E and Ev from 1 to kHeadDim. The sums over key tiles in dQ and over tiles and heads in the mask's gradient
-// have no fixed order, so `deterministic` is not honoured.
-template <class Arch, class T, int kHeadDim>
-cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
-  if (p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
-    return launch_flash_backward<Arch, T, kHeadDim, FlashBackwardTile<kHeadDim, false>, false>(p, stream);
-  }
-  return launch_flash_backward<Arch, T, kHeadDim, FlashBackwardTile<kHeadDim, true>, true>(p, stream);
 }
 
 }  // namespace sdpa

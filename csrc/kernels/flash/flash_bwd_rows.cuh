@@ -10,6 +10,36 @@
 
 namespace sdpa {
 
+// The variants of the main kernel: what becomes of scores besides causality. Those with a mask take dropout, too;
+// kMaskGradient also makes the mask's gradient.
+enum class ScoreEdit { kNone, kDropout, kMask, kMaskGradient };
+constexpr bool has_mask(ScoreEdit edit) {
+  return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
+}
+
+// SharedTile::fill, also for blocks of so few threads that a thread does not keep its swizzle from row to row.
+template <int kThreads, class Order = InOrder, class Tile, class U>
+__device__ __forceinline__ void fill_tile(const Tile& tile, const HeadRows<U>& source, int row0) {
+  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
+  if constexpr (kRowStep % 8 == 0) {
+    tile.template fill<kThreads, Order>(source, row0);
+  } else {
+    const int chunk = threadIdx.x % Tile::kChunksPerRow, first = threadIdx.x / Tile::kChunksPerRow;
+    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
+#pragma unroll 4
+    for (int row = first; row < Tile::kRows; row += kRowStep) {
+      const uint32_t to = tile.base + Tile::offset(row, chunk);
+      const int from = row0 + Order::key(row);
+      const bool inside = from < source.rows;
+      if (source.access == HeadRows<U>::Access::kChunk) {
+        cp_async<16>(to, source.at(from, chunk * kChunkElements), inside ? present * 2 : 0);
+      } else {
+        store_shared_16(to, inside ? read_chunk(source, from, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+      }
+    }
+  }
+}
+
 // The rows of (B, H, L) in order, kHeadDim / 8 lanes for each, 8 columns a lane.
 template <int kHeadDim>
 struct RowSweep {
@@ -44,8 +74,60 @@ __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
   if (row < p.L && col == 0) p.delta[int64_t{batch_head} * p.L + row] = sum;
 }
 
+// Adds two or four floats to a place aligned to as many, where the chip can in one reduction. Both ways do the same;
+// this is not a code path, so it need not be a template parameter.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kVectorReductions = true;
+__device__ __forceinline__ void reduce(float* to, const float (&x)[2]) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x[0]), "f"(x[1]) : "memory");
+}
+__device__ __forceinline__ void reduce(float* to, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+#else
+constexpr bool kVectorReductions = false;
+template <int kCount>
+__device__ __forceinline__ void reduce(float* to, const float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) atomicAdd(to + i, x[i]);
+}
+#endif
+
+// The mask's gradient straight from the accumulators of dS^T, for a gradient whose rows lie as most do, on chips where
+// the reductions of a lane's neighbouring keys (RowRuns<kKeyBlocks>) are one. Elsewhere: add_mask_gradient.
+template <int kKeyBlocks>
+struct MaskGradientRuns {
+  static __device__ __forceinline__ bool fit(const BackwardParams& p) {
+    const int64_t* const stride = p.grad_mask_stride;
+    const uint64_t bits = reinterpret_cast<uint64_t>(p.grad_mask) | static_cast<uint64_t>(p.S * 4) |
+                          static_cast<uint64_t>((stride[0] | stride[1] | stride[2]) * 4);
+    return kVectorReductions && stride[3] == 1 && stride[2] != 0 && bits % 16 == 0;
+  }
+  // 16 queries: accumulators n and n + 1. `query` and `key` are this lane's first.
+  template <int kCols>
+  static __device__ __forceinline__ void add(const float (&scores)[kKeyBlocks][kCols][4], int n,
+                                             const BackwardParams& p, int batch, int head, int query, int key) {
+    if (key >= p.S) return;
+    const int64_t* const stride = p.grad_mask_stride;
+    float* const to = p.grad_mask + batch * stride[0] + head * stride[1] + query * stride[2] + key;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i / 2 * 8 + i % 2;
+      float run[2 * kKeyBlocks];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+        run[2 * m] = scores[m][n + i / 2][i % 2];
+        run[2 * m + 1] = scores[m][n + i / 2][i % 2 + 2];
+      }
+      if (query + row < p.L) reduce(to + row * stride[2], run);
+    }
+  }
+};
+
 // dQ of one head in float32, row after row. But where 16 rows are complete and E is a multiple of 8, each 16 x 8 tile
-// of them lies in the order in which a warp holds it, so that a warp adds to 128 bytes in a row with each instruction.
+// of them lies in the order in which a warp holds it, so that a warp adds to neighbouring bytes with each instruction.
 struct GradQuerySums {
   float* data;
   int L, E;
@@ -62,9 +144,13 @@ struct GradQuerySums {
     const int lane = threadIdx.x % 32;
     if (is_tiled(row0)) {
       if (tile * 8 >= E) return;
-      float* const to = data + int64_t{row0} * E + tile * 128 + lane;
+      float* const to = data + int64_t{row0} * E + tile * 128;
+      if constexpr (kVectorReductions) {
+        reduce(to + lane * 4, values);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32, values[i]);
+        for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -79,7 +165,7 @@ struct GradQuerySums {
     const int row0 = row - row % 16;
     if (!is_tiled(row0)) return data[int64_t{row} * E + col];
     const int r = row % 16, i = r / 8 * 2 + col % 2, lane = r % 8 * 4 + col % 8 / 2;
-    return data[int64_t{row0} * E + col / 8 * 128 + i * 32 + lane];
+    return data[int64_t{row0} * E + col / 8 * 128 + (kVectorReductions ? lane * 4 + i : i * 32 + lane)];
   }
 };
 

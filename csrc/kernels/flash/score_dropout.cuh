@@ -31,46 +31,92 @@ __device__ __forceinline__ void kept_columns(uint32_t (&kept)[kRowBlocks], const
   }
 }
 
-// Dropout in the backward, keys in the order of RowRuns<kKeyBlocks>: block m of a warp's keys, `first_key` its first
-// key, and 16 queries. Bit 4 n + i says whether element i of the n-th of their two accumulators is kept.
-//
-// A lane has two queries (2 * (lane % 4) and the next, and the same 8 further), whose numbers come from two draws, and
-// half of the numbers of each; the other halves are those of one other lane, so each of the two draws once.
+// Dropout in the backward: which scores of a transposed 16 x 16 block (two accumulators, keys are the rows) are kept.
+// kInOrder: the block's keys are 16 in a row from a multiple of 16 on. Otherwise they are in the order of RowRuns.
+template <bool kInOrder>
+struct KeptRows {
+  uint32_t words[2][2];  // by the query's parity; then by the key's half if kInOrder, else by the query's
+
+  // Of element i of accumulator n. `limit` is last_kept of below.
+  __device__ __forceinline__ bool at(int n, int i, uint32_t limit) const {
+    const uint32_t word = words[i % 2][kInOrder ? i / 2 : n];
+    return ((kInOrder ? n : i / 2) == 0 ? word << 16 : word) <= limit;
+  }
+};
+
+// A 16-bit number in the upper half of a word, whatever is below it, is below the threshold if the word is at most
+// this. Threshold 0, which keeps nothing, would keep everything; but then `rescale` is 0.
+__device__ __forceinline__ uint32_t last_kept(const Dropout& dropout) {
+  return (dropout.threshold << 16) - 1;
+}
+
+// A lane has queries 2 * (lane % 4) and the next, and the same 8 further, whose numbers come from two draws, and half
+// of the numbers of each; the other halves are those of one other lane, so each of the two draws once.
+__device__ __forceinline__ KeptRows<true> kept_in_order(const Dropout& dropout, uint32_t batch_head, uint32_t block_row,
+                                                        uint32_t block_col) {
+  const uint32_t lane = threadIdx.x % 32, odd = lane / 4 % 2;  // odd key: upper halves, and the draw of the odd query
+  const Philox8 x = dropout.draw(batch_head, block_row, block_col, Dropout::lane_of(lane % 4 * 2 + odd, lane / 4));
+  const uint32_t own = odd ? 0x7632 : 0x5410, other = odd ? 0x5410 : 0x7632;
+  KeptRows<true> kept;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t low = x.word[2 * half], high = x.word[2 * half + 1];
+    const uint32_t mine = __byte_perm(low, high, own);
+    const uint32_t given = __shfl_xor_sync(0xffffffffu, __byte_perm(low, high, other), 4);
+    kept.words[0][half] = odd ? given : mine;
+    kept.words[1][half] = odd ? mine : given;
+  }
+  return kept;
+}
+
+// The same for block m of a warp's keys in the order of RowRuns<kKeyBlocks>, `first_key` the warp's first key.
 template <int kKeyBlocks>
-__device__ __forceinline__ uint32_t kept_rows(const Dropout& dropout, uint32_t batch_head, uint32_t block_row,
-                                              uint32_t first_key, int m) {
+__device__ __forceinline__ KeptRows<false> kept_rows(const Dropout& dropout, uint32_t batch_head, uint32_t block_row,
+                                                     uint32_t first_key, int m) {
   static_assert(kKeyBlocks <= 2);
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t key = first_key + lane / 4 * 2 * kKeyBlocks + 2 * m;
   const uint32_t upper = key / 8 % 2;  // the half of the block in which this lane's keys are
   const Philox8 x = dropout.draw(batch_head, block_row, key / 16, Dropout::lane_of(lane % 4 * 2 + upper, key % 16));
-  uint32_t words[2][2];  // query, accumulator
+  KeptRows<false> kept;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t own = upper ? x.word[2 + n] : x.word[n];
     const uint32_t others = __shfl_xor_sync(0xffffffffu, upper ? x.word[n] : x.word[2 + n], 16 / kKeyBlocks);
-    words[0][n] = upper ? others : own;
-    words[1][n] = upper ? own : others;
-  }
-  uint32_t kept = 0;
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t number = words[i % 2][n] >> i / 2 * 16 & 0xffffu;
-      kept |= number < dropout.threshold ? 1u << (4 * n + i) : 0u;
-    }
+    kept.words[0][n] = upper ? others : own;
+    kept.words[1][n] = upper ? own : others;
   }
   return kept;
 }
 
-// Zeroes what is dropped in operand `a` of 16 x 16 P^T. Bits as kept_rows has them; element 2 r + h is half h of a[r].
-template <class T>
-__device__ __forceinline__ void drop(uint32_t (&a)[4], uint32_t kept) {
+// The operand of P^T with what is dropped left out, from P^T, and dP^T with its share of dropout, in place: block m of
+// a warp's keys and 16 queries. `first_key` is the warp's first.
+struct DropoutPlace {
+  uint32_t batch_head, block_row;
+  int first_key, m;
+};
+template <class T, bool kHasMask, int kKeyBlocks>
+__device__ __forceinline__ void drop(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4],
+                                     float (&grad_left)[4], float (&grad_right)[4], const ForwardParams& p,
+                                     const Dropout& dropout, const DropoutPlace& at) {
+  const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+  const auto apply = [&](const auto& kept) {
+    const uint32_t limit = last_kept(dropout);
+    float x[2][4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint32_t low = kept >> 2 * r & 1 ? 0xffffu : 0u, high = kept >> (2 * r + 1) & 1 ? 0xffff0000u : 0u;
-    a[r] &= low | high;
+    for (int i = 0; i < 4; ++i) {
+      const bool keeps_left = kept.at(0, i, limit), keeps_right = kept.at(1, i, limit);
+      x[0][i] = keeps_left ? left[i] : 0.f;
+      x[1][i] = keeps_right ? right[i] : 0.f;
+      grad_left[i] = keeps_left ? grad_left[i] * dropout.rescale : 0.f;
+      grad_right[i] = keeps_right ? grad_right[i] * dropout.rescale : 0.f;
+    }
+    to_operand<T>(a, x[0], x[1]);
+  };
+  if constexpr (kHasMask) {
+    apply(kept_rows<kKeyBlocks>(draw, at.batch_head, at.block_row, at.first_key, at.m));
+  } else {
+    apply(kept_in_order(draw, at.batch_head, at.block_row, at.first_key / 16 + at.m));
   }
 }
 

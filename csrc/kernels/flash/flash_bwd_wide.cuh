@@ -1,0 +1,386 @@
+// The main kernel of the flash backward (see flash_bwd.cuh) for wide heads: several warps share a group of keys. Each
+// computes the scores of these keys with its share of the queries, and keeps its share of the columns of dK and dV. So
+// P^T and dS^T both go through shared memory, and what a warp reads from there for a product is nearer to a square,
+// which is less of it: shared memory is what bounds the backward at these head dims.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "../arch/arch.h"
+#include "../attn/block_range.h"
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "flash_bwd_rows.cuh"
+#include "score_dropout.cuh"
+#include "score_mask.cuh"
+#include "tile.cuh"
+
+namespace sdpa {
+
+// kCols: columns that are computed; rows in shared memory are as long as the head dim. kKeyBlocks: 16-key blocks of a
+// group of kShares warps. kStages: of queries and of dO. kMaxSharedBytes: what the chip lets a block have.
+template <int kCols_, int kWarps_, int kKeyBlocks_, int kShares_, int kQueries_, int kStages_, int kGradStages_,
+          int kMaxSharedBytes_>
+struct WideTile {
+  static constexpr int kCols = kCols_, kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_;
+  static constexpr int kQueries = kQueries_, kStages = kStages_, kGradStages = kGradStages_;
+  static constexpr int kMaxSharedBytes = kMaxSharedBytes_;
+};
+
+template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
+struct WideBackward {
+  static constexpr bool kHasMask = has_mask(kEdit);
+  static constexpr int kThreads = Tile::kWarps * 32, kGroups = Tile::kWarps / Tile::kShares;
+  static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
+  static constexpr int kShareQueries = kQueryTile / Tile::kShares;  // of a warp, for the scores
+  static constexpr int kStep = kHasMask ? 16 : kShareQueries;       // queries whose scores are in registers at once
+  static constexpr int kShareBlocks = Tile::kCols / Tile::kShares / 16;  // 16-column blocks of a warp, for dK and dV
+  // dQ: each warp takes 32 queries and a share of the columns.
+  static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = Tile::kWarps / kQueryGroups;
+  static constexpr int kPasses = Tile::kCols > 192 ? 2 : 1;  // over this share, for want of registers
+  static constexpr int kGradQueryBlocks = Tile::kCols / kColGroups / 16 / kPasses;
+  static_assert(kShareQueries % kStep == 0 && kStep % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
+  static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
+
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
+  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile>;  // P^T, dS^T
+  using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
+  using Range = BlockRange<kQueryTile, kKeyTile>;
+
+  static constexpr int kQueryOffset = 2 * KeyTile::kBytes;
+  static constexpr int kScoreOffset = kQueryOffset + (Tile::kStages + Tile::kGradStages) * QueryTile::kBytes;
+  static constexpr int kRowOffset = kScoreOffset + 2 * ScoreTile::kBytes;  // LSE, delta, rest of LSE
+  static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
+};
+
+template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
+__global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kThreads, 1)
+    wide_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
+                         const __grid_constant__ Dropout dropout, const float scale_log2) {
+  using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
+  using KeyOrder = typename Flash::KeyOrder;
+  using Product = Mma<Arch, T>;
+  constexpr bool kHasMask = Flash::kHasMask;
+  constexpr int kKeyBlocks = Tile::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
+  constexpr int kThreads = Flash::kThreads, kStep = Flash::kStep, kShareBlocks = Flash::kShareBlocks;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  // Work of this block: the query tiles of `group` query heads, one head after the other.
+  int tile_number, batch_key_head;
+  if (!order.locate(tile_number, batch_key_head)) return;
+  int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
+  const int heads = static_cast<int>(p.H), group = static_cast<int>(p.group), key_heads = heads / group;
+  if constexpr (kHasMask) batch_key_head = side_by_side(p, batch_key_head, key_heads);
+  int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
+  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+  const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
+
+  // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | rest of LSE.
+  const uint32_t base = shared_address(shared);
+  const typename Flash::KeyTile key_tile{base}, value_tile{base + Flash::KeyTile::kBytes};
+  const auto query_tile = [&](int stage) {
+    return typename Flash::QueryTile{base + Flash::kQueryOffset + stage * Flash::QueryTile::kBytes};
+  };
+  const auto grad_tile = [&](int stage) { return query_tile(Tile::kStages + stage); };
+  const typename Flash::ScoreTile probability_tile{base + Flash::kScoreOffset};
+  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset + Flash::ScoreTile::kBytes};
+  float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
+  float* const shared_delta = shared_lse + kQueryTile;
+  float* const shared_rest = shared_delta + kQueryTile;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile
+  const auto lane_offset = Flash::KeyTile::lane_offset();
+  const auto score_lane_offset = Flash::ScoreTile::lane_offset();
+  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
+  // computed from their origins again.
+  const auto start_anew = [&] {
+    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+  };
+
+  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
+  const int tiles = query_tiles - first_tile;
+  int items = tiles * group;
+  if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
+    const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
+    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
+  }
+  const auto head_of = [&](int item) { return key_head * group + item / tiles; };
+  const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
+  const auto fetch_query = [&](int item) {
+    const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
+    fill_tile<kThreads>(query_tile(item % Tile::kStages), query, row_of(item));
+  };
+  const auto fetch_grad = [&](int item) {
+    const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
+    fill_tile<kThreads>(grad_tile(item % Tile::kGradStages), grad, row_of(item));
+  };
+  // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
+  // gradient, if only its probabilities are finite, which a mask may prevent.
+  const auto read_row = [&](int item) -> float3 {
+    const int row = row_of(item) + static_cast<int>(threadIdx.x);
+    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
+    const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
+    return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
+  };
+  const auto publish_row = [&](const float3& row) {
+    if (threadIdx.x >= kQueryTile) return;
+    // +inf makes every probability of a row with nothing to attend to 0.
+    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
+    shared_delta[threadIdx.x] = row.y;
+    if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
+  };
+
+  fill_tile<kThreads, KeyOrder>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+  fill_tile<kThreads, KeyOrder>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+  float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
+
+  if (items > 0) {
+    fetch_query(0);
+    fetch_grad(0);
+    publish_row(read_row(0));
+  }
+  // dQ = dS K. Its reductions are on their way while dV and dK are computed, unless these come first, so that their
+  // operands can be fetched for the next tile.
+  constexpr bool kQueryFirst = Tile::kStages > 1 && Tile::kGradStages > 1;
+  const auto add_query_gradient = [&](int item) {
+    if (p.grad_query.data == nullptr) return;
+    const int q0 = row_of(item);
+    constexpr int kBlocks = Flash::kGradQueryBlocks;
+    const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
+    const GradQuerySums sums(p, batch * heads + head_of(item));
+#pragma unroll 1
+    for (int pass = 0; pass < Flash::kPasses; ++pass) {
+      const int first_block = (col_group * Flash::kPasses + pass) * kBlocks;
+      float grad_query[2][2 * kBlocks][4] = {};
+#pragma unroll
+      for (int k = 0; k < kKeyTile / 16; ++k) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          uint32_t b[4];
+          key_tile.load_b(b, lane_offset, k, first_block + n);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
+            Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kBlocks; ++n) {
+          sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, first_block * 2 + n);
+        }
+      }
+    }
+  };
+
+#pragma unroll 1
+  for (int item = 0; item < items; ++item) {
+    start_anew();
+    // This query tile has landed; every warp is done with the one before, its stages and its scores.
+    cp_async_wait_all();
+    __syncthreads();
+    if (item + 1 < items) {
+      if constexpr (Tile::kStages > 1) fetch_query(item + 1);
+      if constexpr (Tile::kGradStages > 1) fetch_grad(item + 1);
+    }
+    const int q0 = row_of(item);
+    const auto query = query_tile(item % Tile::kStages), grad = grad_tile(item % Tile::kGradStages);
+
+    const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
+    int steps = Flash::kShareQueries / kStep;
+    if constexpr (kHasMask) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
+#pragma unroll
+    for (int step = 0; step < steps; ++step) {
+      const int first_block = share * (Flash::kShareQueries / 16) + step * (kStep / 16);  // of 16 queries, in the tile
+      TransposedMask<kKeyBlocks, kStep / 8, kKeyBlocks> mask;
+      if constexpr (kHasMask) {
+        mask.read_early(p, batch, head_of(item), q0 + first_block * 16 + lane % 4 * 2,
+                        k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+      }
+
+      // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
+      float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
+#pragma unroll
+      for (int k = 0; k < Tile::kCols / 16; ++k) {
+        uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          key_tile.load_a(key[m], lane_offset, warp_block + m, k);
+          value_tile.load_a(value[m], lane_offset, warp_block + m, k);
+        }
+#pragma unroll
+        for (int n = 0; n < kStep / 16; ++n) {
+          uint32_t b[4], c[4];
+          query.load_b_transposed(b, lane_offset, first_block + n, k);
+          grad.load_b_transposed(c, lane_offset, first_block + n, k);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+            Product::add(scores[m][2 * n], key[m], b[0], b[1]);
+            Product::add(scores[m][2 * n + 1], key[m], b[2], b[3]);
+            Product::add(grad_scores[m][2 * n], value[m], c[0], c[1]);
+            Product::add(grad_scores[m][2 * n + 1], value[m], c[2], c[3]);
+          }
+        }
+      }
+
+      // log2 of P^T, -inf where a query must not attend
+      const float* const lse = shared_lse + first_block * 16 + lane % 4 * 2;
+      if constexpr (kHasMask) {
+        start_anew();
+        mask.log2_probability(scores, p, batch, head_of(item), q0 + first_block * 16 + lane % 4 * 2,
+                              k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, lse,
+                              lse + (shared_rest - shared_lse));
+      } else {
+#pragma unroll
+        for (int n = 0; n < kStep / 8; ++n) {
+          const float2 row = *reinterpret_cast<const float2*>(lse + n * 8);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -row.x : -row.y);
+            }
+          }
+        }
+      }
+
+      if (range.is_partial(q0, k0)) {
+        const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+          for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
+              const int row = first_block * 16 + n * 8 + lane % 4 * 2 + i % 2;
+              if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+
+      // P^T and dS^T = P^T * (dP^T - delta) to shared memory
+#pragma unroll
+      for (int k = 0; k < kStep / 16; ++k) {
+        const float2* const delta =
+            reinterpret_cast<const float2*>(shared_delta + (first_block + k) * 16 + lane % 4 * 2);
+        const float2 deltas[2] = {delta[0], delta[4]};
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          float (&left)[4] = scores[m][2 * k], (&right)[4] = scores[m][2 * k + 1];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
+          uint32_t a[4];
+          if (drops) {
+            start_anew();
+            const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
+            const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + first_block + k), k0 + warp_block * 16,
+                                  m};
+            drop<T, kHasMask, kKeyBlocks>(a, left, right, grad_scores[m][2 * k], grad_scores[m][2 * k + 1], p, dropout,
+                                          at);
+          } else {
+            to_operand<T>(a, left, right);
+          }
+          probability_tile.put_a(a, warp_block + m, first_block + k);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float2& row = deltas[i / 4];
+            scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
+          }
+          to_operand<T>(a, left, right);
+          score_tile.put_a(a, warp_block + m, first_block + k);
+        }
+      }
+    }
+    __syncthreads();  // P and dS are complete; LSE and delta are free
+    start_anew();
+    const float3 next_row = read_row(item + 1);  // on its way meanwhile
+
+    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+      add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
+    }
+    if constexpr (kQueryFirst) add_query_gradient(item);
+
+    // Of this warp's keys and columns: sum += scores * rows
+    const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::ScoreTile& tile,
+                              const typename Flash::QueryTile& rows) {
+#pragma unroll
+      for (int k = 0; k < kQueryTile / 16; ++k) {
+        uint32_t a[kKeyBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) tile.load_a(a[m], score_lane_offset, warp_block + m, k);
+#pragma unroll
+        for (int n = 0; n < kShareBlocks; ++n) {
+          uint32_t b[4];
+          rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+            Product::add(sum[m][2 * n], a[m], b[0], b[1]);
+            Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+    };
+    multiply(grad_value, probability_tile, grad);
+    if constexpr (Tile::kGradStages == 1) {
+      __syncthreads();
+      if (item + 1 < items) fetch_grad(item + 1);
+    }
+    multiply(grad_key, score_tile, query);
+    if constexpr (Tile::kStages == 1) {
+      __syncthreads();
+      if (item + 1 < items) fetch_query(item + 1);
+    }
+
+    if constexpr (!kQueryFirst) add_query_gradient(item);
+    publish_row(next_row);
+  }
+
+  // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
+  cp_async_wait_all();
+  __syncthreads();
+  const auto put = [&](const float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::KeyTile& tile,
+                       float factor) {
+#pragma unroll
+    for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kShareBlocks; ++n) {
+        float x[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = sum[m][2 * n + i / 4][i % 4] * factor;
+        uint32_t a[4];
+        to_operand<T>(a, x[0], x[1]);
+        tile.put_a(a, warp_block + m, share * kShareBlocks + n);
+      }
+    }
+  };
+  put(grad_key, key_tile, p.scale);
+  put(grad_value, value_tile, kEdit == ScoreEdit::kNone ? 1.f : dropout.rescale);
+  __syncthreads();
+  const auto write = [&](const typename Flash::KeyTile& tile, const Operand& operand, int64_t cols) {
+    if (operand.data == nullptr) return;
+    const HeadRows<T> target(operand, batch, key_head, p.S, cols);
+    constexpr int kChunks = Flash::KeyTile::kChunksPerRow;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kKeyTile * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks, to = k0 + KeyOrder::key(row);
+      if (to >= target.rows) continue;
+      write_chunk(target, to, chunk * kChunkElements, load_shared_16(tile.base + Flash::KeyTile::offset(row, chunk)));
+    }
+  };
+  write(key_tile, p.grad_key, p.E);
+  write(value_tile, p.grad_value, p.Ev);
+}
+
+}  // namespace sdpa
