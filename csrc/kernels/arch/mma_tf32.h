@@ -53,8 +53,8 @@ struct Tf32Sum {
   }
 };
 
-// sum[m][first + n] += a[m] * b[n]. The three products of a sum stand four others apart: an mma that has to wait for the
-// one before it takes several times as long. kIsTransposed: gives the bits which the operands in each other's place
+// sum[m][first + n] += a[m] * b[n]. The three products of a sum stand four others apart: an mma that has to wait for
+// the one before it takes several times as long. kIsTransposed: gives the bits which the operands in each other's place
 // give.
 template <bool kIsTransposed = false, bool kSplit, int kRows, int kCols, int kSums>
 __device__ __forceinline__ void multiply_add(Tf32Sum (&sum)[kRows][kSums], const Tf32A<kSplit> (&a)[kRows],

@@ -34,8 +34,8 @@ struct ForwardParams {
   int64_t group = 1;            // query heads that share one key head; key head = query head / group
   DType dtype = DType::kOther;  // of query, key, value and output
   MaskKind mask_kind = MaskKind::kNone;
-  float scale = 1.f;       // any finite float, zero and negative too
-  bool is_causal = false;  // top-left aligned: query i sees keys j <= i, also when L != S
+  float scale = 1.f;        // any finite float, zero and negative too
+  bool is_causal = false;   // top-left aligned: query i sees keys j <= i, also when L != S
   bool allow_tf32 = false;  // float32 products may be computed in TF32
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;   // device pointer to one number; read only if dropout_p > 0

@@ -438,8 +438,7 @@ cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
     constexpr auto kKernel = &grad_query_kernel<Arch, T, kHeadDim>;
     error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
     if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.L, Tile::kRows)),
-                    wants_query ? width_blocks(p.E) : 1);
+    const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.L, Tile::kRows)), wants_query ? width_blocks(p.E) : 1);
     kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
     error = cudaGetLastError();
   }

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
@@ -23,23 +22,18 @@ namespace sdpa {
 
 namespace efficient {
 
-template <class Arch, int kHeadDim, bool kSplit>
+template <class Arch, int kHeadDim>
 struct Tf32Backward {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kKeys = 16 * kWarps;
   static constexpr int kQueries = 2048 / kHeadDim;  // so that each warp has a 16 x 32 tile of dQ
   static constexpr int kTogether = 1;
   using Warp = WarpTile<1, kQueries, kHeadDim>;
-  using KeyTile = FloatTile<kKeys, kHeadDim>;  // of values too
+  using KeyTile = FloatTile<kKeys, kHeadDim>;       // of values too
   using QueryTile = FloatTile<kQueries, kHeadDim>;  // of dO too
-  // Queries and dO are read by every warp, twice. Where shared memory has the room they are taken apart once, and the
-  // place from which that is done is filled anew meanwhile. At kHeadDim 128 queries have two places and dO one.
-  static constexpr bool kTakesApart = kHeadDim <= 64;
-  using QueryOperand = std::conditional_t<kTakesApart, PartsTile<kSplit, kQueries, kHeadDim>, QueryTile>;
-  static constexpr int kQueryBytes = kTakesApart ? 2 * (QueryTile::kBytes + QueryOperand::kBytes) : 3 * QueryTile::kBytes;
   // dS and, before it is there, mask entries: rows are queries, columns keys.
   static constexpr int kScoreStride = (kKeys + 4) * 4, kScoreBytes = kQueries * kScoreStride;
   static constexpr int kStatisticsBytes = StatisticsTile<kQueries>::kFloats * 4;
-  static constexpr int kSharedBytes = 2 * KeyTile::kBytes + kQueryBytes + kScoreBytes + kStatisticsBytes;
+  static constexpr int kSharedBytes = 2 * KeyTile::kBytes + 3 * QueryTile::kBytes + kScoreBytes + kStatisticsBytes;
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   static_assert(kQueries >= 16 && kQueries / 16 * (kHeadDim / 32) == kWarps);
 };
@@ -47,8 +41,8 @@ struct Tf32Backward {
 // delta, as the diagonal of O dO^T by the products that dP is made of: where one key has all of a row's probability,
 // dP - delta is then 0, or next to it.
 template <class Arch, int kHeadDim, bool kSplit>
-__global__ void __launch_bounds__(128) tf32_delta_kernel(const __grid_constant__ BackwardParams p,
-                                                         const __grid_constant__ BlockOrder order) {
+__global__ void __launch_bounds__(128)
+    tf32_delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
   using Tile = FloatTile<64, kHeadDim>;
   using Warp = WarpTile<1, 16, kHeadDim>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -178,9 +172,9 @@ __device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, int b
 }
 
 template <class Arch, int kHeadDim, bool kSplit>
-__global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads, 2)
+__global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim>::kThreads, 2)
     tf32_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
-  using Shape = Tf32Backward<Arch, kHeadDim, kSplit>;
+  using Shape = Tf32Backward<Arch, kHeadDim>;
   using Warp = typename Shape::Warp;
   constexpr int kThreads = Shape::kThreads, kQueries = Shape::kQueries;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -191,16 +185,18 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
   const int first_key = tile_index * Shape::kKeys, first_col = blockIdx.z * kHeadDim;
   const int group = static_cast<int>(p.group), key_heads = static_cast<int>(p.H) / group;
   int batch = key_head_index / key_heads, key_head = key_head_index % key_heads;
-  const int warp = fresh_thread_index() / 32, warp_row = warp * 16;
+  const int warp_row = fresh_thread_index() / 32 * 16;
   const BlockRange<kQueries, Shape::kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  const int query_begin = range.first_query_tile(first_key) * kQueries;
+  const auto query_begin = [&] { return range.first_query_tile(first_key) * kQueries; };
   const bool is_wide = kHeadDim == kWidestTf32 && (p.E > kHeadDim || p.Ev > kHeadDim);
 
-  // Shared memory: keys | values | queries and dO | dS | statistics.
+  // Shared memory: keys | values | two stages of queries | dO | dS | statistics.
   const typename Shape::KeyTile key_tile{shared_address(shared)}, value_tile{key_tile.base + Shape::KeyTile::kBytes};
-  const uint32_t query_base = value_tile.base + Shape::KeyTile::kBytes;
-  const auto raw_tile = [&](int n) { return typename Shape::QueryTile{query_base + n * Shape::QueryTile::kBytes}; };
-  const uint32_t score_base = query_base + Shape::kQueryBytes;
+  const auto query_tile = [&](int stage) {
+    return typename Shape::QueryTile{value_tile.base + Shape::KeyTile::kBytes + stage * Shape::QueryTile::kBytes};
+  };
+  const typename Shape::QueryTile grad_tile = query_tile(2);
+  const uint32_t score_base = query_tile(3).base;
   const StatisticsTile<kQueries> statistics{
       reinterpret_cast<float*>(shared + Shape::kSharedBytes - Shape::kStatisticsBytes)};
 
@@ -216,11 +212,11 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
   };
   const auto fetch_queries = [&](int stage, int head, int first_query, int e) {
     const auto query = Matrix<const float>::of(p.query, batch, head, p.L, p.E);
-    raw_tile(stage).template fill<kThreads>(query, first_query, e);
+    query_tile(stage).template fill<kThreads>(query, first_query, e);
   };
   const auto fetch_grads = [&](int head, int first_query, int e) {
     const auto grad = Matrix<const float>::of(p.grad_output, batch, head, p.L, p.Ev);
-    raw_tile(Shape::kTakesApart ? 1 : 2).template fill<kThreads>(grad, first_query, e);
+    grad_tile.template fill<kThreads>(grad, first_query, e);
   };
   const auto land = [] {
     cp_async_wait_all();
@@ -236,8 +232,7 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
   };
 
   Results<Warp> grad_key = {}, grad_value = {};
-  int head = key_head * group, first_query = query_begin;
-  const int end_head = head + group;
+  int head = key_head * group, first_query = query_begin();
   if (first_query < p.L) {
     if (!is_wide) {
       fetch_keys(0);
@@ -249,29 +244,15 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
   }
 
 #pragma unroll 1
-  for (int stage = 0; first_query < p.L && head < end_head; stage ^= Shape::kTakesApart ? 0 : 1) {
+  for (int stage = 0; first_query < p.L && head < (key_head + 1) * group; stage ^= 1) {
     // This step's tiles have landed, and every warp is done with the step before.
     land();
     start_anew();
     const bool is_last_of_head = first_query + kQueries >= p.L;
     const int next_head = is_last_of_head ? head + 1 : head;
-    const int next_query = is_last_of_head ? query_begin : first_query + kQueries;
-    const bool has_next = next_head < end_head;
-    const uint32_t parts_base = raw_tile(2).base;
-    const typename Shape::QueryOperand query_operand{Shape::kTakesApart ? parts_base : raw_tile(stage).base};
-    const typename Shape::QueryOperand grad_operand{Shape::kTakesApart ? parts_base + Shape::QueryOperand::kBytes
-                                                                       : parts_base};
-    if constexpr (Shape::kTakesApart) {
-      query_operand.template take_apart<kThreads>(raw_tile(0));
-      grad_operand.template take_apart<kThreads>(raw_tile(1));
-      __syncthreads();
-      if (has_next) {
-        fetch_queries(0, next_head, next_query, 0);
-        fetch_grads(next_head, next_query, 0);
-      }
-    } else if (!is_wide && has_next) {
-      fetch_queries(stage ^ 1, next_head, next_query, 0);
-    }
+    const int next_query = is_last_of_head ? query_begin() : first_query + kQueries;
+    const bool has_next = next_head < (key_head + 1) * group;
+    if (!is_wide && has_next) fetch_queries(stage ^ 1, next_head, next_query, 0);
 
     // P^T
     Scores<Warp> probability = {}, grad = {};
@@ -283,7 +264,7 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
         fetch_queries(stage, head, first_query, e);
         land();
       }
-      multiply_scores<kSplit, true, Warp>(probability, key_tile, warp_row, query_operand,
+      multiply_scores<kSplit, true, Warp>(probability, key_tile, warp_row, query_tile(stage),
                                           static_cast<int>(p.E) - e);
     }
     start_anew();
@@ -305,7 +286,7 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
         fetch_grads(head, first_query, e);
         land();
       }
-      multiply_scores<kSplit, false, Warp>(grad, value_tile, warp_row, grad_operand, static_cast<int>(p.Ev) - e);
+      multiply_scores<kSplit, false, Warp>(grad, value_tile, warp_row, grad_tile, static_cast<int>(p.Ev) - e);
     }
     if (is_wide) {  // the columns that this block's gradients are made of
       __syncthreads();
@@ -333,9 +314,8 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
         probability[i][j] = keeps ? probability[i][j] : 0.f;
       }
     }
-    multiply_result<kSplit, Shape::kTogether, Warp>(
-        probability, grad_operand, static_cast<int>(p.Ev) - first_col,
-        [&](int i, int c, float x) { grad_value[i][c] += x; });
+    multiply_result<kSplit, Shape::kTogether, Warp>(probability, grad_tile, static_cast<int>(p.Ev) - first_col,
+                                                    [&](int i, int c, float x) { grad_value[i][c] += x; });
 
     // dK += dS^T Q
     const uint32_t score_column = score_base + score_place(warp_row + Warp::row(0)) * 4;
@@ -346,12 +326,12 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
         store_shared_4(score_column + Warp::column(j) * Shape::kScoreStride + i * 32, __float_as_uint(grad[i][j]));
       }
     }
-    multiply_result<kSplit, Shape::kTogether, Warp>(grad, query_operand, static_cast<int>(p.E) - first_col,
+    multiply_result<kSplit, Shape::kTogether, Warp>(grad, query_tile(stage), static_cast<int>(p.E) - first_col,
                                                     [&](int i, int c, float x) { grad_key[i][c] += x; });
 
     __syncthreads();  // dS is complete; dO and the statistics are free
     start_anew();
-    if (!Shape::kTakesApart && !is_wide && has_next) fetch_grads(next_head, next_query, 0);
+    if (!is_wide && has_next) fetch_grads(next_head, next_query, 0);
     const QueryStatistics next = has_next ? statistics_of(next_head, next_query) : QueryStatistics{};
 
     if (p.grad_mask != nullptr && blockIdx.z == 0) {
@@ -359,6 +339,7 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
     }
     // dQ = dS K, a 16 x 32 tile for each warp
     if (p.grad_query.data != nullptr && first_col < p.E) {
+      const int warp = fresh_thread_index() / 32;
       const int row = warp % (kQueries / 16) * 16, col = warp / (kQueries / 16) * 32;
       const FloatTile<kQueries, Shape::kKeys> score_tile{score_base};
       float tile[4][4] = {};
@@ -401,7 +382,7 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim, kSplit>::kThreads
 
 template <class Arch, int kHeadDim, bool kSplit>
 cudaError_t launch_tf32_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Shape = Tf32Backward<Arch, kHeadDim, kSplit>;
+  using Shape = Tf32Backward<Arch, kHeadDim>;
   constexpr auto kDelta = &tf32_delta_kernel<Arch, kHeadDim, kSplit>;
   constexpr auto kMain = &tf32_backward_kernel<Arch, kHeadDim, kSplit>;
   constexpr int kDeltaBytes = 2 * FloatTile<64, kHeadDim>::kBytes;

@@ -1,7 +1,7 @@
 // Memory-efficient attention, forward, float32 on tensor cores (sm80 and newer), any head dims.
 //
 // A block owns kRows queries of one head and kHeadDim columns of their output, a warp whole rows of them; keys and
-// values come through a ring of two stages, or one at kHeadDim 128. An E wider than kHeadDim passes through shared memory in chunks; an output
+// values come through a ring of two stages. An E wider than kHeadDim passes through shared memory in chunks; an output
 // wider than kHeadDim is covered by further blocks, each of which computes the scores again.
 #pragma once
 
@@ -27,7 +27,6 @@ struct Tf32Forward {
   static constexpr int kKeys = 32;
   static constexpr int kTogether = kRowBlocks == 1 ? 2 : 1;  // see multiply_result
   static constexpr int kBlocksPerSm = 2;
-  static constexpr int kStages = 2;
   using Warp = WarpTile<kRowBlocks, kKeys, kHeadDim>;
   using QueryTile = FloatTile<kRows, kHeadDim>;
   using KeyTile = FloatTile<kKeys, kHeadDim>;  // of values too
@@ -35,12 +34,12 @@ struct Tf32Forward {
   static constexpr int kBiasBytes = kRows * kBiasStride;
   static constexpr bool kBiasInKeys = kHeadDim > 64;
   static_assert(!kBiasInKeys || kBiasBytes <= KeyTile::kBytes);
-  static constexpr int kSharedBytes = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes + (kBiasInKeys ? 0 : kBiasBytes);
+  static constexpr int kSharedBytes = QueryTile::kBytes + 4 * KeyTile::kBytes + (kBiasInKeys ? 0 : kBiasBytes);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
 };
 
-// Scales products to scores, as scale_and_mask in tile.h does, and adds what the mask has for them. A mask tensor's part
-// goes through the warp's own place in shared memory: there are no registers for loads under way.
+// Scales products to scores, as scale_and_mask in tile.h does, and adds what the mask has for them. A mask tensor's
+// part goes through the warp's own place in shared memory: there are no registers for loads under way.
 template <class Warp>
 __device__ __forceinline__ void scale_and_mask(Scores<Warp>& score, float scale, const Mask& mask, uint32_t bias_base,
                                                int first_query, int first_key) {
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
   const auto key_tile = [&](int stage) {
     return typename Shape::KeyTile{query_tile.base + Shape::QueryTile::kBytes + stage * Shape::KeyTile::kBytes};
   };
-  const auto value_tile = [&](int stage) { return key_tile(Shape::kStages + stage); };
+  const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
 
   // Addresses start anew from the parameters wherever they are used: the products need their registers.
   const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
@@ -152,18 +151,15 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
     fetch_queries(0);
     fetch_keys(0, 0, 0);
   }
-  if (Shape::kStages == 2) fetch_values(0, 0);
+  fetch_values(0, 0);
 
   Results<Warp> result = {};
   RowSoftmax<Warp> softmax = RowSoftmax<Warp>::none();
-  for (int first_key = 0, stage = 0; range.matters(first_query, first_key); first_key += kKeys) {
+  for (int first_key = 0, stage = 0; range.matters(first_query, first_key); first_key += kKeys, stage ^= 1) {
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
     land();
     start_anew();
-    const bool has_next = range.matters(first_query, first_key + kKeys);
-    if (Shape::kStages == 1) {
-      fetch_values(0, first_key);
-    } else if (has_next) {
+    if (range.matters(first_query, first_key + kKeys)) {
       if (is_one_chunk) fetch_keys(stage ^ 1, first_key + kKeys, 0);
       fetch_values(stage ^ 1, first_key + kKeys);
     }
@@ -181,7 +177,7 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
     }
     start_anew();
     if (Shape::kBiasInKeys && p.mask_kind != MaskKind::kNone) __syncthreads();  // nobody reads the keys any more
-    const uint32_t bias_base = key_tile(Shape::kBiasInKeys ? stage : 2 * Shape::kStages).base + warp_row * kBiasStride;
+    const uint32_t bias_base = key_tile(Shape::kBiasInKeys ? stage : 4).base + warp_row * kBiasStride;
     scale_and_mask<Warp>(score, p.scale, Mask::of(p, batch, head), bias_base, first_query + warp_row, first_key);
 
     float rescale[Warp::kRowsOwned];
@@ -190,17 +186,11 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
       const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
       drop_scores<Warp>(score, dropout, p.first_batch_head + head_index, first_query + warp_row, first_key);
     }
-    if (Shape::kStages == 1) {
-      land();  // the values; and every warp is done with the keys
-      start_anew();
-      if (has_next && is_one_chunk) fetch_keys(0, first_key + kKeys, 0);
-    }
     // A tile is summed up by itself before it joins the others, and what it joins is rescaled on the way.
     const int width = static_cast<int>(p.Ev) - first_col;
     multiply_result<kSplit, Shape::kTogether, Warp>(score, value_tile(stage), width, [&](int i, int c, float x) {
       result[i][c] = fmaf(result[i][c], rescale[i], x);
     });
-    if (Shape::kStages == 2) stage ^= 1;
   }
   cp_async_wait_all();
 

@@ -1,6 +1,6 @@
 // Tiles of float32 in shared memory, and products of them on tensor cores (arch/mma_tf32.h): what the float32 kernels
-// for sm80 and newer are made of. Operands are taken apart into TF32 parts after they are read from shared memory: a
-// warp does little else meanwhile, and shared memory holds each once.
+// for sm80 and newer are made of. Operands are taken apart into TF32 parts after they are read from shared memory.
+// (Doing so once for all warps, in a second tile, was no faster.)
 #pragma once
 
 #include "../arch/mma_tf32.h"
@@ -102,100 +102,30 @@ struct FloatTile {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.set(i, r[i]);
   }
-  // Two operands `b` that are the transposes of rows from row and from row + 8, columns from col: b[0] is r[0] and r[1].
-  __device__ __forceinline__ void read_columns(uint32_t (&r)[4], int row, int col) const {
-    const int lane = threadIdx.x % 32;
-    ldmatrix(r, base + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16 + row * kRowBytes + col * 4);
-  }
-  // Four operands `b` that are eight rows from row and 32 columns from col; b[n] is element n of r[0] and of r[1]. Their
-  // k is in another order than the rows: k = t is row 2t and k = t + 4 row 2t + 1, so that a lane's scores are an
-  // operand `a` as they stand. Column g of b[n] is column 4g + n, so that a lane reads 16 bytes at once, and all lanes
-  // of a quarter of the warp from different banks.
-  __device__ __forceinline__ void read_rows(uint4 (&r)[2], int row, int col) const {
-    const int lane = threadIdx.x % 32;
-    const uint32_t from = base + (lane % 4 * 2) * kRowBytes + lane / 4 * 16 + row * kRowBytes + col * 4;
-    r[0] = load_shared_16(from);
-    r[1] = load_shared_16(from + kRowBytes);
-  }
+  // Two operands `b` that are the transposes of rows from row and from row + 8, columns from col.
   template <bool kSplit>
   __device__ __forceinline__ void load_columns(Tf32B<kSplit> (&b)[2], int row, int col) const {
+    const int lane = threadIdx.x % 32;
     uint32_t r[4];
-    read_columns(r, row, col);
+    ldmatrix(r, base + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16 + row * kRowBytes + col * 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, r[i]);
   }
+  // Four operands `b` that are eight rows from row and 32 columns from col. Their k is in another order than the rows:
+  // k = t is row 2t and k = t + 4 row 2t + 1, so that a lane's scores are an operand `a` as they stand. Column g of
+  // b[n] is column 4g + n, so that a lane reads 16 bytes at once, and all lanes of a quarter of the warp from different
+  // banks.
   template <bool kSplit>
   __device__ __forceinline__ void load_rows(Tf32B<kSplit> (&b)[4], int row, int col) const {
-    uint4 r[2];
-    read_rows(r, row, col);
+    const int lane = threadIdx.x % 32;
+    const uint32_t from = base + (lane % 4 * 2) * kRowBytes + lane / 4 * 16 + row * kRowBytes + col * 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      b[0].set(i, r[i].x);
-      b[1].set(i, r[i].y);
-      b[2].set(i, r[i].z);
-      b[3].set(i, r[i].w);
-    }
-  }
-};
-
-// A tile taken apart beforehand, for operands `b` that every warp of a block reads.
-template <bool kSplit, int kRows_, int kCols_>
-struct PartsTile {
-  using Tile = FloatTile<kRows_, kCols_>;
-  static constexpr int kRows = kRows_, kCols = kCols_, kBytes = (kSplit ? 2 : 1) * Tile::kBytes;
-
-  Tile big;
-  __device__ __forceinline__ Tile small() const { return {big.base + Tile::kBytes}; }
-
-  // All threads of the block together.
-  template <int kThreads>
-  __device__ __forceinline__ void take_apart(const Tile& whole) const {
-    static_assert(kRows * kCols / 4 % kThreads == 0);
-#pragma unroll 4
-    for (int n = fresh_thread_index(); n < kRows * kCols / 4; n += kThreads) {
-      const uint32_t place = n / (kCols / 4) * Tile::kRowBytes + n % (kCols / 4) * 16;
-      const uint4 x = load_shared_16(whole.base + place);
-      Tf32A<kSplit> parts;
-      parts.set(0, x.x);
-      parts.set(1, x.y);
-      parts.set(2, x.z);
-      parts.set(3, x.w);
-      store_shared_16(big.base + place, {parts.big[0], parts.big[1], parts.big[2], parts.big[3]});
-      if constexpr (kSplit) {
-        store_shared_16(small().base + place, {parts.small[0], parts.small[1], parts.small[2], parts.small[3]});
-      }
-    }
-  }
-  __device__ __forceinline__ void load_columns(Tf32B<kSplit> (&b)[2], int row, int col) const {
-    uint32_t r[4];
-    big.read_columns(r, row, col);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) b[i / 2].big[i % 2] = r[i];
-    if constexpr (kSplit) {
-      small().read_columns(r, row, col);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) b[i / 2].small[i % 2] = r[i];
-    }
-  }
-  __device__ __forceinline__ void load_rows(Tf32B<kSplit> (&b)[4], int row, int col) const {
-    uint4 r[2];
-    big.read_rows(r, row, col);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      b[0].big[i] = r[i].x;
-      b[1].big[i] = r[i].y;
-      b[2].big[i] = r[i].z;
-      b[3].big[i] = r[i].w;
-    }
-    if constexpr (kSplit) {
-      small().read_rows(r, row, col);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        b[0].small[i] = r[i].x;
-        b[1].small[i] = r[i].y;
-        b[2].small[i] = r[i].z;
-        b[3].small[i] = r[i].w;
-      }
+      const uint4 v = load_shared_16(from + i * kRowBytes);
+      b[0].set(i, v.x);
+      b[1].set(i, v.y);
+      b[2].set(i, v.z);
+      b[3].set(i, v.w);
     }
   }
 };
@@ -228,7 +158,8 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
 #pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += sum[i / 2][j / 2].template value<kSplit>(i % 2 * 2 + j % 2);
+      for (int j = 0; j < Warp::kColumnsOwned; ++j)
+        score[i][j] += sum[i / 2][j / 2].template value<kSplit>(i % 2 * 2 + j % 2);
     }
   }
 }
