@@ -52,10 +52,10 @@ cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
 }
 
 // The tile for the shared memory that the current device gives a block: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB
-// on sm90. With a mask the narrow kernel is the faster one at 128, too.
+// on sm90.
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 64 || (kHeadDim <= 128 && has_mask(kEdit))) {
+  if constexpr (kHeadDim <= 64) {
     return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
   } else {
     int device = 0, limit = 0;

@@ -28,9 +28,11 @@ struct NarrowTile {
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
-  // Queries whose scores are in registers at once: as many as there is room for.
-  static constexpr bool kFits = kEdit == ScoreEdit::kNone || (kEdit == ScoreEdit::kMask && kHeadDim > 64);
-  static constexpr int kStep = kFits ? 32 : 16;
+  // Queries whose scores are in registers at once: 32 where there is room.
+  static constexpr int kStep = kEdit == ScoreEdit::kNone                       ? 32
+                               : kEdit == ScoreEdit::kDropout && kHeadDim > 32 ? 32
+                               : kEdit == ScoreEdit::kMask && kHeadDim > 64    ? 32
+                                                                               : 16;
   static constexpr int kGradStages = kHeadDim <= 64 ? 2 : 1;
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 1 : kKeyBlocks;
@@ -110,10 +112,10 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
-  // With a mask or dropout there are no registers for addresses that would stay valid over the loop: from here on they
-  // are computed from their origins again.
+  // The mask's variants have no registers for addresses that would stay valid over the loop: from here on they are
+  // computed from their origins again.
   const auto start_anew = [&] {
-    if constexpr (kEdit != ScoreEdit::kNone) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
   };
 
   // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.

@@ -34,14 +34,13 @@ struct WideBackward {
   static constexpr bool kHasMask = has_mask(kEdit);
   static constexpr int kThreads = Tile::kWarps * 32, kGroups = Tile::kWarps / Tile::kShares;
   static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
-  static constexpr int kShareQueries = kQueryTile / Tile::kShares;  // of a warp, for the scores
-  static constexpr int kStep = kHasMask ? 16 : kShareQueries;       // queries whose scores are in registers at once
+  static constexpr int kShareQueries = kQueryTile / Tile::kShares;       // of a warp, for the scores
   static constexpr int kShareBlocks = Tile::kCols / Tile::kShares / 16;  // 16-column blocks of a warp, for dK and dV
   // dQ: each warp takes 32 queries and a share of the columns.
   static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = Tile::kWarps / kQueryGroups;
   static constexpr int kPasses = Tile::kCols > 192 ? 2 : 1;  // over this share, for want of registers
   static constexpr int kGradQueryBlocks = Tile::kCols / kColGroups / 16 / kPasses;
-  static_assert(kShareQueries % kStep == 0 && kStep % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
+  static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   using Product = Mma<Arch, T>;
   constexpr bool kHasMask = Flash::kHasMask;
   constexpr int kKeyBlocks = Tile::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
-  constexpr int kThreads = Flash::kThreads, kStep = Flash::kStep, kShareBlocks = Flash::kShareBlocks;
+  constexpr int kThreads = Flash::kThreads, kShareBlocks = Flash::kShareBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
@@ -137,6 +136,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 
   fill_tile<kThreads, KeyOrder>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
   fill_tile<kThreads, KeyOrder>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+  bool mask_from_registers = false;
+  if constexpr (kEdit == ScoreEdit::kMaskGradient) mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
 
   if (items > 0) {
@@ -144,9 +145,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     fetch_grad(0);
     publish_row(read_row(0));
   }
-  // dQ = dS K. Its reductions are on their way while dV and dK are computed, unless these come first, so that their
-  // operands can be fetched for the next tile.
-  constexpr bool kQueryFirst = Tile::kStages > 1 && Tile::kGradStages > 1;
+  // dQ = dS K
   const auto add_query_gradient = [&](int item) {
     if (p.grad_query.data == nullptr) return;
     const int q0 = row_of(item);
@@ -197,110 +196,111 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     const auto query = query_tile(item % Tile::kStages), grad = grad_tile(item % Tile::kGradStages);
 
     const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
-    int steps = Flash::kShareQueries / kStep;
-    if constexpr (kHasMask) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
+    constexpr int kBlocks = Flash::kShareQueries / 16;
+    const int first_block = share * kBlocks;  // of 16 queries, in the tile
+    // By 16 queries. The entries of a bool mask are read before the products, those of others would take too many
+    // registers.
+    TransposedMask<kKeyBlocks, 2, 1> mask[kBlocks];
+    if constexpr (kHasMask) {
 #pragma unroll
-    for (int step = 0; step < steps; ++step) {
-      const int first_block = share * (Flash::kShareQueries / 16) + step * (kStep / 16);  // of 16 queries, in the tile
-      TransposedMask<kKeyBlocks, kStep / 8, kKeyBlocks> mask;
-      if constexpr (kHasMask) {
-        mask.read_early(p, batch, head_of(item), q0 + first_block * 16 + lane % 4 * 2,
-                        k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+      for (int n = 0; n < kBlocks; ++n) {
+        mask[n].read_early(p, batch, head_of(item), q0 + (first_block + n) * 16 + lane % 4 * 2,
+                           k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
+    }
 
-      // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
-      float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
+    // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
+    float scores[kBlocks][kKeyBlocks][2][4] = {}, grad_scores[kBlocks][kKeyBlocks][2][4] = {};
 #pragma unroll
-      for (int k = 0; k < Tile::kCols / 16; ++k) {
-        uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
+    for (int k = 0; k < Tile::kCols / 16; ++k) {
+      uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+        key_tile.load_a(key[m], lane_offset, warp_block + m, k);
+        value_tile.load_a(value[m], lane_offset, warp_block + m, k);
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        uint32_t b[4], c[4];
+        query.load_b_transposed(b, lane_offset, first_block + n, k);
+        grad.load_b_transposed(c, lane_offset, first_block + n, k);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
-          key_tile.load_a(key[m], lane_offset, warp_block + m, k);
-          value_tile.load_a(value[m], lane_offset, warp_block + m, k);
-        }
-#pragma unroll
-        for (int n = 0; n < kStep / 16; ++n) {
-          uint32_t b[4], c[4];
-          query.load_b_transposed(b, lane_offset, first_block + n, k);
-          grad.load_b_transposed(c, lane_offset, first_block + n, k);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(scores[m][2 * n], key[m], b[0], b[1]);
-            Product::add(scores[m][2 * n + 1], key[m], b[2], b[3]);
-            Product::add(grad_scores[m][2 * n], value[m], c[0], c[1]);
-            Product::add(grad_scores[m][2 * n + 1], value[m], c[2], c[3]);
-          }
+          Product::add(scores[n][m][0], key[m], b[0], b[1]);
+          Product::add(scores[n][m][1], key[m], b[2], b[3]);
+          Product::add(grad_scores[n][m][0], value[m], c[0], c[1]);
+          Product::add(grad_scores[n][m][1], value[m], c[2], c[3]);
         }
       }
+    }
 
+    start_anew();
+    const bool is_partial = range.is_partial(q0, k0);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const int first_row = (first_block + n) * 16 + lane % 4 * 2;
       // log2 of P^T, -inf where a query must not attend
-      const float* const lse = shared_lse + first_block * 16 + lane % 4 * 2;
       if constexpr (kHasMask) {
-        start_anew();
-        mask.log2_probability(scores, p, batch, head_of(item), q0 + first_block * 16 + lane % 4 * 2,
-                              k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, lse,
-                              lse + (shared_rest - shared_lse));
+        mask[n].log2_probability(scores[n], p, batch, head_of(item), q0 + first_row,
+                                 k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, shared_lse + first_row,
+                                 shared_rest + first_row);
       } else {
+        const float2* const lse = reinterpret_cast<const float2*>(shared_lse + first_row);
+        const float2 row[2] = {lse[0], lse[4]};
 #pragma unroll
-        for (int n = 0; n < kStep / 8; ++n) {
-          const float2 row = *reinterpret_cast<const float2*>(lse + n * 8);
+        for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -row.x : -row.y);
-            }
+          for (int i = 0; i < 8; ++i) {
+            float& score = scores[n][m][i / 4][i % 4];
+            score = fmaf(score, scale_log2, i % 2 == 0 ? -row[i / 4].x : -row[i / 4].y);
           }
         }
       }
-
-      if (range.is_partial(q0, k0)) {
+      if (is_partial) {
         const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
-          for (int n = 0; n < kStep / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
-              const int row = first_block * 16 + n * 8 + lane % 4 * 2 + i % 2;
-              if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
-            }
+          for (int i = 0; i < 8; ++i) {
+            const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i % 4 / 2 * 8);
+            if (!limit.sees(first_row + i / 4 * 8 + i % 2, key)) scores[n][m][i / 4][i % 4] = -INFINITY;
           }
         }
       }
+    }
 
-      // P^T and dS^T = P^T * (dP^T - delta) to shared memory
+    // P^T and dS^T = P^T * (dP^T - delta) to shared memory
 #pragma unroll
-      for (int k = 0; k < kStep / 16; ++k) {
-        const float2* const delta =
-            reinterpret_cast<const float2*>(shared_delta + (first_block + k) * 16 + lane % 4 * 2);
-        const float2 deltas[2] = {delta[0], delta[4]};
+    for (int n = 0; n < kBlocks; ++n) {
+      const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
+      const float2* const delta = reinterpret_cast<const float2*>(shared_delta + first_row);
+      const float2 deltas[2] = {delta[0], delta[4]};
 #pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          float (&left)[4] = scores[m][2 * k], (&right)[4] = scores[m][2 * k + 1];
+      for (int m = 0; m < kKeyBlocks; ++m) {
+        float (&left)[4] = scores[n][m][0], (&right)[4] = scores[n][m][1];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
-          uint32_t a[4];
-          if (drops) {
-            start_anew();
-            const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
-            const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + first_block + k), k0 + warp_block * 16,
-                                  m};
-            drop<T, kHasMask, kKeyBlocks>(a, left, right, grad_scores[m][2 * k], grad_scores[m][2 * k + 1], p, dropout,
-                                          at);
-          } else {
-            to_operand<T>(a, left, right);
-          }
-          probability_tile.put_a(a, warp_block + m, first_block + k);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float2& row = deltas[i / 4];
-            scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
-          }
+        for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
+        uint32_t a[4];
+        if (drops) {
+          start_anew();
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
+          const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + query_block), k0 + warp_block * 16, m};
+          drop<T, kHasMask, kKeyBlocks>(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], p, dropout, at);
+        } else {
           to_operand<T>(a, left, right);
-          score_tile.put_a(a, warp_block + m, first_block + k);
         }
+        probability_tile.put_a(a, warp_block + m, query_block);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2& row = deltas[i / 4];
+          scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
+        }
+        to_operand<T>(a, left, right);
+        score_tile.put_a(a, warp_block + m, query_block);
+      }
+      if (mask_from_registers) {
+        MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, head_of(item), q0 + first_row,
+                                          k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
     }
     __syncthreads();  // P and dS are complete; LSE and delta are free
@@ -308,9 +308,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     const float3 next_row = read_row(item + 1);  // on its way meanwhile
 
     if constexpr (kEdit == ScoreEdit::kMaskGradient) {
-      add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
+      if (!mask_from_registers)
+        add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
     }
-    if constexpr (kQueryFirst) add_query_gradient(item);
 
     // Of this warp's keys and columns: sum += scores * rows
     const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::ScoreTile& tile,
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if (item + 1 < items) fetch_query(item + 1);
     }
 
-    if constexpr (!kQueryFirst) add_query_gradient(item);
+    add_query_gradient(item);
     publish_row(next_row);
   }
 
