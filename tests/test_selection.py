@@ -37,7 +37,7 @@ def order_now():
 # What each takes, on every chip
 
 
-def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False, deterministic=False):
+def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False):
     """The documented limits of this version, written down a second time."""
     if backend == MATH:
         return True
@@ -48,7 +48,6 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False,
             and 1 <= E <= 128
             and 1 <= Ev <= 128
             and mask != DOUBLE
-            and not (deterministic and grad)
         )
     brain = dtype == BRAIN and capability >= (8, 0)
     wide = dtype == SINGLE and E > 256
@@ -90,15 +89,16 @@ def test_constraints_and_choice(capability, call):
     assert sdpa.can_use_efficient_attention(params) == (EFFICIENT in expected)
 
 
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("mask_shape", [None, (2, 4, 16, 24), (16, 24)], ids=str)
-def test_deterministic_switch_is_a_constraint(mask_shape, deterministic):
-    tensors = inputs(grad=True)
+def test_deterministic_switch_is_a_constraint(mask_shape, dtype, deterministic):
+    tensors = inputs(dtype, grad=True)
     mask = None if mask_shape is None else make(*mask_shape)
     found = explain(*tensors, mask, capability=(9, 0))
-    assert not row(found, FLASH).usable
-    assert row(found, EFFICIENT).usable == (mask_shape != (16, 24))
+    assert row(found, FLASH).usable == (dtype == HALF)
+    assert row(found, EFFICIENT).usable == (dtype == HALF or mask_shape != (16, 24))
     with torch.no_grad():
-        assert row(explain(*tensors, capability=(9, 0)), FLASH).usable
+        assert row(explain(*tensors, mask, capability=(9, 0)), EFFICIENT).usable
 
 
 def test_cpu_calls_go_to_math():

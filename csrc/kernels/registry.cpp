@@ -25,15 +25,15 @@ static bool is_decoding(const Problem& p) {
   return !p.grad_wanted && p.dropout_p == 0 && p.L <= KeySplit::kQueryRows;
 }
 
-// Flash's kernels serve the memory-efficient backend as well, where they take the call and add in the order asked for:
-// they too hold no more than O(B H L).
+// Flash's kernels serve the memory-efficient backend as well, where they take the call: they too hold no more than
+// O(B H L).
 static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
   if ((v.direction == Direction::kBackward) != backward) return false;
   if (v.direction == Direction::kDecode && !is_decoding(p)) return false;
   if (v.backend == Backend::kFlash) {
     // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
     if (v.head_dim < std::max(p.E, p.Ev)) return false;
-    return backend == Backend::kFlash || (backend == Backend::kEfficient && !(p.deterministic && p.grad_wanted));
+    return backend == Backend::kFlash || backend == Backend::kEfficient;
   }
   return v.backend == backend;
 }

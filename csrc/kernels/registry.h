@@ -37,6 +37,7 @@ struct Variant {
   int path;
   DType dtype;
   int head_dim;
+  bool sums_grad_query;  // a backward that wants grad_query_accum
   cudaError_t (*launch_forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*launch_backward)(const BackwardParams&, cudaStream_t);
   std::vector<Chip> chips;  // what this build has compiled it for

@@ -36,6 +36,12 @@ class Variant:
         return f"{self.backend}_{self.direction}_sm{self.path}_{self.dtype}_{self.head_dim}"
 
     @property
+    def sums_grad_query(self) -> bool:
+        """Whether blocks of all key tiles add to dQ in float32 scratch."""
+        on_tensor_cores = self.backend == "flash" or (self.path >= 80 and self.dtype == "float32")
+        return self.direction == "backward" and on_tensor_cores
+
+    @property
     def header(self) -> str:
         return HEADER[self.backend, self.direction]
 
@@ -160,7 +166,8 @@ def main() -> None:
         forward, backward = ("nullptr", launch) if v.direction == "backward" else (launch, "nullptr")
         rows.append(
             f'{{"{v.name}", Backend::k{v.backend.capitalize()}, Direction::k{v.direction.capitalize()}, {v.path}, '
-            f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {forward}, {backward}, {{{listed}}}}},"
+            f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {cpp_bool(v.sums_grad_query)}, {forward}, {backward}, "
+            f"{{{listed}}}}},"
         )
     # The small kernels that math uses on the GPU run on every chip.
     chips = merged([machine_code_for(80, target) for target in targets])

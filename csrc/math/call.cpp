@@ -1,6 +1,8 @@
 #include "math/call.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <torch/version.h>
 
 namespace sdpa {
 
@@ -39,6 +41,19 @@ MaskKind mask_kind_of(const Tensor& mask) {
   }
 }
 
+// torch.backends.cuda.matmul.allow_tf32, or fp32_precision, which torch had no enumeration for before 2.10 and did not
+// have before 2.9.
+static bool tf32_is_allowed() {
+  const auto& context = at::globalContext();
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  return context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+#elif TORCH_VERSION_MINOR == 9
+  return context.float32Precision("cuda", "matmul") == "tf32";
+#else
+  return context.allowTF32CuBLAS();
+#endif
+}
+
 Operand operand(const Tensor& t) {
   Operand o;
   if (!t.defined()) return o;
@@ -63,6 +78,7 @@ void fill(ForwardParams& params, const Call& call) {
   params.mask_kind = mask_kind_of(call.attn_mask);
   params.scale = static_cast<float>(call.scale);
   params.is_causal = call.is_causal;
+  params.allow_tf32 = params.dtype == DType::kFloat32 && tf32_is_allowed();
   params.dropout_p = static_cast<float>(call.dropout_p);
   params.seed = call.seed.defined() && call.dropout_p > 0 ? call.seed.data_ptr<int64_t>() : nullptr;
   params.first_batch_head = call.first_batch_head;

@@ -86,11 +86,15 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   const auto options = call.query.options().dtype(at::kFloat);
   const Tensor delta = at::empty({problem.B, problem.H, problem.L}, options);
   params.delta = delta.data_ptr<float>();
-  Tensor accum;
   const Variant& variant = variant_of(backend, true, problem);
-  if (variant.backend == Backend::kFlash && grads.query.defined()) {
+  Tensor accum, turns;
+  if (variant.sums_grad_query && grads.query.defined()) {
     accum = at::zeros({problem.B, problem.H, problem.L, problem.E}, options);
     params.grad_query_accum = accum.data_ptr<float>();
+    if (problem.deterministic) {
+      turns = at::zeros({problem.B, problem.H, (problem.L + 15) / 16, (problem.E + 31) / 32}, options.dtype(at::kInt));
+      params.grad_query_turns = turns.data_ptr<int>();
+    }
   }
   C10_CUDA_CHECK(variant.launch_backward(params, c10::cuda::getCurrentCUDAStream()));
 }

@@ -18,9 +18,6 @@ const std::vector<Constraint>& flash_constraints() {
        got_head_dims, "1 to 128", "Use the memory-efficient backend, which takes any head dim."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "no mask, or a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
-      {"determinism", [](const Problem& p) { return !(p.deterministic && p.grad_wanted); }, got_determinism,
-       "no gradients, or torch.use_deterministic_algorithms(False): its backward adds in no fixed order",
-       "Use the memory-efficient backend."},
       {"kernel in this build",
        [](const Problem& p) {
          return p.device_type != DeviceType::kCUDA || p.capability < 80 || p.E > kMaxHeadDim || p.Ev > kMaxHeadDim ||

@@ -11,6 +11,11 @@ static bool broadcasts(const Problem& p) {
   return false;
 }
 
+static bool runs_flash_kernel(const Problem& p) {
+  const Variant* variant = find_variant(Backend::kEfficient, /*backward=*/true, p);
+  return variant != nullptr && variant->backend == Backend::kFlash;
+}
+
 static bool takes_dtype(const Problem& p) {
   return p.dtype == DType::kFloat32 || p.dtype == DType::kFloat16 ||
          (p.dtype == DType::kBFloat16 && (p.device_type != DeviceType::kCUDA || p.capability >= 80));
@@ -35,7 +40,10 @@ const std::vector<Constraint>& efficient_constraints() {
        got_head_dims, "1 or more, in float32 E up to 256", "Use the math backend."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
-      {"determinism", [](const Problem& p) { return !(p.deterministic && p.mask_grad_wanted && broadcasts(p)); },
+      {"determinism",
+       [](const Problem& p) {
+         return !(p.deterministic && p.mask_grad_wanted && broadcasts(p)) || runs_flash_kernel(p);
+       },
        got_determinism,
        "a mask of the full (B, H, L, S) shape, or torch.use_deterministic_algorithms(False): the gradient of a "
        "broadcast mask is added in no fixed order",
