@@ -99,6 +99,12 @@ struct OnlineSoftmax {
     }
   }
 
+  // Between `see` and `exponentiate`, for a score that dropout drops: it counts in the sum alone.
+  __device__ __forceinline__ void take_out(float& score, int m, int half) {
+    sum[m][half] += exp2_approx(fmaf(score, scale_log2, -reference[m][half]));
+    score = -INFINITY;
+  }
+
   // After the last tile: the factor that normalises a row, 0 for a row with nothing to attend to, and its LSE.
   __device__ __forceinline__ float finish(int m, int half, float& logsumexp) {
     float rest;

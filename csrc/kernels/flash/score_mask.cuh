@@ -234,10 +234,128 @@ __device__ __forceinline__ int side_by_side(const ForwardParams& p, int number, 
   return number % batches * heads + number / batches;
 }
 
-// Forward: this lane's entries for one step's scores. They are read before the step's product, so that the loads are
-// on their way meanwhile, unless they take more than kEarlyWords registers a row.
+// Forward, a bool mask that is the same for every query (key padding): which of the first key tiles have a key that
+// takes part. Read once by the whole block, so that the loop over tiles need not wait for it.
+struct TileMap {
+  static constexpr int kBytes = 1024;
+  static constexpr int kTiles = kBytes * 8;  // tiles after that count as having one
+
+  uint32_t* words;
+
+  // All threads of the block; ends with a barrier.
+  template <int kThreads, int kKeys>
+  __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
+    if (p.attn_mask.stride[2] == 0) {
+      const HeadMask<uint8_t> mask(p, batch, head);
+      const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
+      for (int first = threadIdx.x - lane; first < tiles; first += kThreads) {
+        uint32_t any = 0;
+#pragma unroll 1
+        for (int n = 0; n < kKeys; n += 16) {
+          const int key = (first + lane) * kKeys + n;
+          MaskRun<uint8_t, 16> run[1];
+          if (key >= mask.S) break;
+          mask.read(run, 0, key, [](int) { return 0; });
+          any |= run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3];
+        }
+        const uint32_t word = __ballot_sync(0xffffffffu, any != 0);
+        if (lane == 0) words[first / 32] = word;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int tile) const {
+    return p.attn_mask.stride[2] != 0 || tile >= kTiles || (words[tile / 32] >> tile % 32 & 1) != 0;
+  }
+};
+
+// Forward, bool mask: this lane's entries for a tile of 64 keys, 16 keys of each of its rows. They are fetched a tile
+// ahead and wait as one bit each.
+template <int kRowBlocks>
+struct BoolMask {
+  static constexpr int kRuns = 2 * kRowBlocks, kKeys = 16;
+  static_assert(kRuns <= 4);
+  static constexpr uint32_t kAll = ((1u << kRuns) - 1) * 0x11111111u;
+  MaskRun<uint8_t, kKeys> run[kRuns];
+  uint32_t bits[2];
+  bool is_wide;
+
+  static __device__ __forceinline__ constexpr int offset(int n) { return n * 8; }
+
+  // `query` and `key` are this lane's first. Only wide loads go ahead: single bytes would take too many registers.
+  __device__ __forceinline__ void fetch(const ForwardParams& p, int batch, int head, int query, int key) {
+    const HeadMask<uint8_t> mask(p, batch, head);
+    is_wide = mask.is_aligned(kKeys) && key + kKeys <= mask.S;
+    if (!is_wide) return;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+      run[row].read_wide(mask.data + min(query + offset(row), mask.L - 1) * mask.query_stride + key);
+    }
+  }
+  // After fetch, with the same arguments. Bit `row` of byte n % 4 of bits[n / 8] says whether key n takes part, four
+  // bits further up if n % 8 > 3.
+  __device__ __forceinline__ void settle(const ForwardParams& p, int batch, int head, int query, int key) {
+    bits[0] = bits[1] = 0;
+    if (!is_wide) {
+      const HeadMask<uint8_t> mask(p, batch, head);
+#pragma unroll 1
+      for (int row = 0; row < kRuns; ++row) {
+        const uint8_t* const from =
+            mask.data + min(query + offset(row), mask.L - 1) * mask.query_stride + key * mask.key_stride;
+#pragma unroll
+        for (int n = 0; n < kKeys; ++n) {
+          const bool takes_part = key + n < mask.S && __ldg(from + n * mask.key_stride) != 0;
+          bits[n / 8] |= takes_part ? 1u << (n % 4 * 8 + n % 8 / 4 * 4) << row : 0u;
+        }
+      }
+      return;
+    }
+    uint32_t seen = 0;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) seen |= run[row].words[n];
+    }
+    if ((seen & 0xfefefefeu) != 0) {  // true is 1 as a rule, but any other byte than 0 is true as well
+#pragma unroll
+      for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) run[row].words[n] = __vcmpne4(run[row].words[n], 0) & 0x01010101u;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int row = 0; row < kRuns; ++row) bits[half] += run[row].words[2 * half + n] << (4 * n + row);
+      }
+    }
+  }
+  // Whether any score of the warp takes part.
+  __device__ __forceinline__ bool any() const { return __any_sync(0xffffffffu, (bits[0] | bits[1]) != 0); }
+
+  template <int kCols>
+  __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4]) const {
+    static_assert(2 * kCols == kKeys);
+    if (__all_sync(0xffffffffu, (bits[0] & bits[1]) == kAll)) return;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        const uint32_t bit = 1u << (n % 4 * 8 + n % 8 / 4 * 4 + row);
+        float& score = scores[row / 2][n / 2][row % 2 * 2 + n % 2];
+        score = (bits[n / 8] & bit) != 0 ? score : -INFINITY;
+      }
+    }
+  }
+};
+
+// Forward, float mask: this lane's entries for one step's scores. They are read before the step's product, so that the
+// loads are on their way meanwhile, unless they take more than kEarlyWords registers a row.
 template <int kRowBlocks, int kCols, int kEarlyWords>
-struct ScoreMask {
+struct FloatMask {
   static constexpr int kRuns = 2 * kRowBlocks, kKeys = 2 * kCols;
   uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
 
@@ -249,7 +367,7 @@ struct ScoreMask {
   // `query` and `key` are this lane's first.
   __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M>) {
+      if constexpr (!std::is_void_v<M> && !std::is_same_v<M, uint8_t>) {
         if constexpr (kIsEarly<M>) {
           MaskRun<M, kKeys> run[kRuns];
           HeadMask<M>(p, batch, head).read(run, query, key, offset);
@@ -263,8 +381,8 @@ struct ScoreMask {
   __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4], const ForwardParams& p, int batch,
                                         int head, int query, int key, float scale_log2) const {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M>) {
-        constexpr int kWidest = sizeof(M) == 1 ? 8 : 16 / sizeof(M);
+      if constexpr (!std::is_void_v<M> && !std::is_same_v<M, uint8_t>) {
+        constexpr int kWidest = 16 / sizeof(M);
         constexpr int kCount = kIsEarly<M> || kWidest > kKeys ? kKeys : kWidest;
 #pragma unroll
         for (int first = 0; first < kKeys; first += kCount) {
@@ -285,12 +403,7 @@ struct ScoreMask {
               }
             }
           };
-          if constexpr (sizeof(M) == 1) {
-            bool all = true;
-#pragma unroll
-            for (int row = 0; row < kRuns; ++row) all &= run[row].keeps_all();
-            if (!__all_sync(0xffffffffu, all)) each(std::true_type());
-          } else if (are_plain(run)) {
+          if (are_plain(run)) {
             each(std::true_type());
           } else {
             each(std::false_type());
