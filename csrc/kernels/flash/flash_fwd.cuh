@@ -14,15 +14,14 @@
 #include "../attn/block_range.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "flash_fwd_wide.cuh"
 #include "launch.h"
+#include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
 #include "tile.cuh"
 
 namespace sdpa {
-
-// What a variant of the kernel does to the scores besides causality. The masks' variants take dropout too.
-enum class ScoreChange { kNone, kDropout, kBoolMask, kFloatMask };
 
 // 32 rows a warp rather than 16: a key or value fragment read from shared memory then feeds twice the mma, and shared
 // memory bandwidth is what a 16-row warp runs out of first. But where copies go through registers, more warps hide
@@ -35,10 +34,11 @@ struct FlashForwardTile {
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
   static constexpr int kStep = kChange == ScoreChange::kFloatMask && kHeadDim != 64 ? 32 : kKeys;
-  static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 0 : 4;
+  static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
+  // At 128 the output fills the registers, and the variants that need more read the query from shared memory, too.
   static constexpr bool kQueryInRegisters =
-      (kHeadDim == 64 && Arch::kAsyncCopy) || (kHeadDim == 32 && kChange != ScoreChange::kDropout &&
-                                               kChange != ScoreChange::kBoolMask);  // at 128 the output fills them
+      kHeadDim == 32 ? kChange == ScoreChange::kNone
+                     : kHeadDim == 64 && Arch::kAsyncCopy && kChange != ScoreChange::kFloatMask;
   static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
   // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
   // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
@@ -62,8 +62,9 @@ struct FlashForward {
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch, kBool>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
+  static constexpr bool kHasMap = kBool && Arch::kAsyncCopy;  // of the mask's tiles; elsewhere there is no room
   static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;  // of a bool mask
-  static constexpr int kSharedBytes = kMapOffset + (kBool && Arch::kAsyncCopy ? TileMap::kBytes : 0);
+  static constexpr int kSharedBytes = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
   static_assert(!(kBool || kFloat) || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
@@ -73,19 +74,6 @@ struct FlashForward {
     return KeyOrder::key(n * 8) + KeyOrder::key(lane % 4 * 2) + i % 2;
   }
 };
-
-// The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
-// zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
-template <class Tile>
-__device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
-  const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
-  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
-    const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
-    const uint4 v = load_shared_16(address);
-    store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
-  }
-  __syncwarp();
-}
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThreads,
@@ -120,30 +108,32 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   };
   const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
   const auto fetch_keys = [&](int tile, int stage) {
-    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr ((kHasMask && kHeadDim != 64) || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
     key_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
   };
   const auto fetch_values = [&](int tile, int stage) {
-    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr ((kHasMask && kHeadDim != 64) || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
     value_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint32_t*>(shared + Flash::kMapOffset)};
   const auto next_tile = [&](int tile) {
-    if constexpr (Flash::kBool && Arch::kAsyncCopy) {
+    if constexpr (Flash::kHasMap) {
       while (range.matters(q0, tile * kKeyTile) && !map.any_key_takes_part(p, tile)) ++tile;
     }
     return tile;
   };
+
+  const auto passes_all = [&](int tile) { return Flash::kHasMap && map.all_keys_take_part(p, tile); };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
 
   query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
-  if constexpr (Flash::kBool && Arch::kAsyncCopy) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  if constexpr (Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
   const int first_tile = next_tile(0);
   if (range.matters(q0, first_tile * kKeyTile)) {
     fetch_keys(first_tile, 0);
@@ -194,7 +184,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     const auto turn = [&] {
       if constexpr (Flash::kBool) {  // these loads are on their way while the block waits for the next tile
         asm volatile("" : "+r"(head), "+r"(batch));
-        bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
+        if (!passes_all(next)) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
       }
       if constexpr (Flash::kStages == 1) {
         __syncthreads();
@@ -205,7 +195,11 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
     };
     if constexpr (Flash::kBool) {
-      bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      if (passes_all(tile)) {
+        bool_mask.take_all();
+      } else {
+        bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      }
       if (!bool_mask.any()) {  // of this warp's scores
         if (Tile::kLateValues && Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
           fetch_values(next, stage ^ 1);
@@ -218,7 +212,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     uint32_t kept[kRowBlocks];
 #pragma unroll 1
     for (int step = 0; step < kKeyTile / kStep; ++step) {
-      FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords> float_mask;
+      FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords, false> float_mask;
       if constexpr (Flash::kFloat) {
         asm volatile("" : "+r"(head), "+r"(batch));  // addresses start anew in each step
         float_mask.read_early(p, batch, head, first_row(), first_key(tile, step));
@@ -352,7 +346,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
       const bool writes = lane % 4 == 0 && row < p.L;
-      const int64_t i = int64_t{batch * heads + head} * p.L + row;
+      const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
       if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
       if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }
@@ -376,15 +370,28 @@ cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
-cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
+cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
   if (p.mask_kind == MaskKind::kNone) {
     return p.dropout_p == 0.f ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   }
   return p.mask_kind == MaskKind::kBool ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kBoolMask>(p, stream)
                                         : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
+}
+
+// Head dims E and Ev from 1 to kHeadDim.
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (kHeadDim > 128) {
+    static_assert(kHeadDim == 256);
+    const int64_t columns = std::max(p.E, p.Ev);
+    return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)
+           : columns <= 192 ? flash_forward_wide<Arch, T, 192>(p, stream)
+                            : flash_forward_wide<Arch, T, 256>(p, stream);
+  } else {
+    return flash_forward_narrow<Arch, T, kHeadDim>(p, stream);
+  }
 }
 
 }  // namespace sdpa

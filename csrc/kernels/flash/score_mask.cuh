@@ -44,7 +44,8 @@ constexpr float kLowestPlainBias = kLowestBias / 2.f;
 template <class M, int kCount>
 struct MaskRun {
   static constexpr int kBytes = kCount * static_cast<int>(sizeof(M));
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+  static constexpr int kAlignment = kBytes < 16 ? kBytes : 16;  // that read_wide wants
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes % 16 == 0);
   uint32_t words[(kBytes + 3) / 4];
 
   __device__ __forceinline__ void read_wide(const M* from) {
@@ -56,8 +57,11 @@ struct MaskRun {
       const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
       words[0] = v.x, words[1] = v.y;
     } else {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+#pragma unroll
+      for (int n = 0; n < kBytes / 16; ++n) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + n);
+        words[4 * n] = v.x, words[4 * n + 1] = v.y, words[4 * n + 2] = v.z, words[4 * n + 3] = v.w;
+      }
     }
   }
 
@@ -166,7 +170,7 @@ struct HeadMask {
   // becomes of its scores is nobody's concern.
   template <int kCount, int kRuns, class Offset>
   __device__ __forceinline__ void read(MaskRun<M, kCount> (&run)[kRuns], int query, int key, Offset offset) const {
-    if (is_aligned(kCount * sizeof(M)) && key + kCount <= S && query + offset(kRuns - 1) < L) {
+    if (is_aligned(MaskRun<M, kCount>::kAlignment) && key + kCount <= S && query + offset(kRuns - 1) < L) {
       const M* const from = data + query * query_stride + key;
 #pragma unroll
       for (int n = 0; n < kRuns; ++n) run[n].read_wide(from + offset(n) * query_stride);
@@ -234,39 +238,47 @@ __device__ __forceinline__ int side_by_side(const ForwardParams& p, int number, 
   return number % batches * heads + number / batches;
 }
 
-// Forward, a bool mask that is the same for every query (key padding): which of the first key tiles have a key that
-// takes part. Read once by the whole block, so that the loop over tiles need not wait for it.
+// Forward, a bool mask that is the same for every query (key padding): in which of the first key tiles any key takes
+// part, and in which all. Read once by the whole block, so that the loop over tiles need not wait for it.
 struct TileMap {
-  static constexpr int kBytes = 1024;
-  static constexpr int kTiles = kBytes * 8;  // tiles after that count as having one
+  static constexpr int kTiles = 8192;  // of those after that nothing is known
+  static constexpr int kWords = kTiles / 32, kBytes = 2 * kWords * static_cast<int>(sizeof(uint32_t));
 
-  uint32_t* words;
+  uint32_t* words;  // any, then all
+
+  static __device__ __forceinline__ bool exists(const ForwardParams& p) {
+    return p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0;
+  }
 
   // All threads of the block; ends with a barrier.
   template <int kThreads, int kKeys>
   __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
-    if (p.attn_mask.stride[2] == 0) {
+    if (exists(p)) {
       const HeadMask<uint8_t> mask(p, batch, head);
       const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
       for (int first = threadIdx.x - lane; first < tiles; first += kThreads) {
         uint32_t any = 0;
+        bool all = true;
 #pragma unroll 1
         for (int n = 0; n < kKeys; n += 16) {
           const int key = (first + lane) * kKeys + n;
-          MaskRun<uint8_t, 16> run[1];
-          if (key >= mask.S) break;
-          mask.read(run, 0, key, [](int) { return 0; });
+          MaskRun<uint8_t, 16> run[1] = {};
+          if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
           any |= run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3];
+          all &= run[0].keeps_all();
         }
-        const uint32_t word = __ballot_sync(0xffffffffu, any != 0);
-        if (lane == 0) words[first / 32] = word;
+        const uint32_t any_word = __ballot_sync(0xffffffffu, any != 0), all_word = __ballot_sync(0xffffffffu, all);
+        if (lane == 0) words[first / 32] = any_word, words[kWords + first / 32] = all_word;
       }
     }
     __syncthreads();
   }
 
   __device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int tile) const {
-    return p.attn_mask.stride[2] != 0 || tile >= kTiles || (words[tile / 32] >> tile % 32 & 1) != 0;
+    return !exists(p) || tile >= kTiles || (words[tile / 32] >> tile % 32 & 1) != 0;
+  }
+  __device__ __forceinline__ bool all_keys_take_part(const ForwardParams& p, int tile) const {
+    return exists(p) && tile < kTiles && (words[kWords + tile / 32] >> tile % 32 & 1) != 0;
   }
 };
 
@@ -293,6 +305,8 @@ struct BoolMask {
       run[row].read_wide(mask.data + min(query + offset(row), mask.L - 1) * mask.query_stride + key);
     }
   }
+  __device__ __forceinline__ void take_all() { bits[0] = bits[1] = kAll; }
+
   // After fetch, with the same arguments. Bit `row` of byte n % 4 of bits[n / 8] says whether key n takes part, four
   // bits further up if n % 8 > 3.
   __device__ __forceinline__ void settle(const ForwardParams& p, int batch, int head, int query, int key) {
@@ -352,13 +366,15 @@ struct BoolMask {
   }
 };
 
-// Forward, float mask: this lane's entries for one step's scores. They are read before the step's product, so that the
-// loads are on their way meanwhile, unless they take more than kEarlyWords registers a row.
-template <int kRowBlocks, int kCols, int kEarlyWords>
+// Forward, float mask (and bool, if kTakesBool): this lane's entries for one step's scores. They are read before the
+// step's product, so that the loads are on their way meanwhile, unless they take more than kEarlyWords registers a row.
+template <int kRowBlocks, int kCols, int kEarlyWords, bool kTakesBool>
 struct FloatMask {
   static constexpr int kRuns = 2 * kRowBlocks, kKeys = 2 * kCols;
   uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
 
+  template <class M>
+  static constexpr bool kTakes = !std::is_void_v<M> && (kTakesBool || !std::is_same_v<M, uint8_t>);
   template <class M>
   static constexpr bool kIsEarly = kKeys * sizeof(M) <= kEarlyWords * 4;
 
@@ -367,7 +383,7 @@ struct FloatMask {
   // `query` and `key` are this lane's first.
   __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M> && !std::is_same_v<M, uint8_t>) {
+      if constexpr (kTakes<M>) {
         if constexpr (kIsEarly<M>) {
           MaskRun<M, kKeys> run[kRuns];
           HeadMask<M>(p, batch, head).read(run, query, key, offset);
@@ -381,8 +397,8 @@ struct FloatMask {
   __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4], const ForwardParams& p, int batch,
                                         int head, int query, int key, float scale_log2) const {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M> && !std::is_same_v<M, uint8_t>) {
-        constexpr int kWidest = 16 / sizeof(M);
+      if constexpr (kTakes<M>) {
+        constexpr int kWidest = sizeof(M) == 1 ? 8 : 16 / sizeof(M);
         constexpr int kCount = kIsEarly<M> || kWidest > kKeys ? kKeys : kWidest;
 #pragma unroll
         for (int first = 0; first < kKeys; first += kCount) {
@@ -403,7 +419,9 @@ struct FloatMask {
               }
             }
           };
-          if (are_plain(run)) {
+          if constexpr (sizeof(M) == 1) {
+            each(std::true_type());
+          } else if (are_plain(run)) {
             each(std::true_type());
           } else {
             each(std::false_type());

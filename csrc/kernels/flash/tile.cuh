@@ -156,7 +156,7 @@ struct SharedTile {
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
     unsigned thread = threadIdx.x;
-    if constexpr (!std::is_same_v<Order, InOrder>) asm volatile("" : "+r"(thread));  // keeps addresses out of registers
+    if constexpr (!std::is_same_v<Order, InOrder> && kCols != 64) asm volatile("" : "+r"(thread));  // keeps addresses out of registers
     const int first = thread / kPanel, first_key = Order::key(first), rows = source.rows - row0;
 #pragma unroll
     for (int panel = 0; panel < kChunksPerRow; panel += kPanel) {
@@ -215,10 +215,10 @@ struct SharedTile {
     }
   }
 
-  // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on and the columns from block
-  // `col_block` on, to their place in the tile and from there to global rows row0 + Order::key(0), row0 +
-  // Order::key(1), ... Nobody else may use this part of the tile meanwhile.
-  template <int kBlocks, class Order = InOrder, class U, int kColTiles>
+  // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on and every kColStep-th block of
+  // columns from `col_block` on, to their place in the tile and from there to global rows row0 + Order::key(0),
+  // row0 + Order::key(1), ... Nobody else may use this part of the tile meanwhile.
+  template <int kBlocks, class Order = InOrder, int kColStep = 1, class U, int kColTiles>
   __device__ __forceinline__ void store(const float (&values)[kBlocks][kColTiles][4], int row_block,
                                         const HeadRows<U>& target, int row0, int col_block = 0) const {
     const int lane = threadIdx.x % 32;
@@ -229,19 +229,33 @@ struct SharedTile {
       for (int n = 0; n < kColTiles / 2; ++n) {
         uint32_t a[4];
         to_operand<T>(a, values[m][2 * n], values[m][2 * n + 1]);
-        put_a(a, row_block + m, col_block + n);
+        put_a(a, row_block + m, col_block + n * kColStep);
       }
     }
     __syncwarp();
     const int rows = std::is_same_v<Order, InOrder> ? min(target.rows - row0, kBlocks * 16) : kBlocks * 16;
 #pragma unroll 1
     for (int i = lane; i < rows * kColTiles; i += 32) {
-      const int row = i / kColTiles, chunk = col_block * 2 + i % kColTiles, to = row0 + Order::key(row);
+      const int row = i / kColTiles, chunk = (col_block + i % kColTiles / 2 * kColStep) * 2 + i % 2;
+      const int to = row0 + Order::key(row);
       if (!std::is_same_v<Order, InOrder> && to >= target.rows) continue;
       const uint4 v = load_shared_16(base + offset(row_block * 16 + row, chunk));
       write_chunk(target, to, chunk * kChunkElements, v);
     }
   }
 };
+
+// The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
+// zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
+template <class Tile>
+__device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
+  const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
+  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
+    const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
+    const uint4 v = load_shared_16(address);
+    store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
+  }
+  __syncwarp();
+}
 
 }  // namespace sdpa
