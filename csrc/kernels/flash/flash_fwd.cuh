@@ -1,8 +1,8 @@
 // Flash attention forward on mma.sync: one block for each query tile of a head, a loop over key tiles.
 //
 // A warp owns whole query rows: scores, softmax and output of a row never leave it. Keys and values come through a
-// two-stage ring of cp.async copies, with one barrier per key tile. P goes from the accumulators of Q K^T straight into
-// the operand registers of P V.
+// two-stage ring of cp.async copies, with one barrier per key tile (without cp.async: one stage, two barriers). P goes
+// from the accumulators of Q K^T straight into the operand registers of P V. Head dims over 128: flash_fwd_wide.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +14,7 @@
 #include "../attn/block_range.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "bool_mask.cuh"
 #include "flash_fwd_wide.cuh"
 #include "launch.h"
 #include "score_change.h"
@@ -43,7 +44,8 @@ struct FlashForwardTile {
   // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
   // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
   static constexpr bool kLateValues = kHeadDim > 64;
-  static constexpr bool kRecomputeAddresses = kHeadDim <= 32;
+  static constexpr bool kRecomputeAddresses =
+      kHeadDim <= 32 ? kChange != ScoreChange::kDropout : kHeadDim > 64 && kChange != ScoreChange::kNone;
 };
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
@@ -58,12 +60,12 @@ struct FlashForward {
   static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
   static constexpr bool kBool = kChange == ScoreChange::kBoolMask, kFloat = kChange == ScoreChange::kFloatMask;
 
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch, kBool>;
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch, kBool>;  // of values too
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch, kBool || kFloat>;
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch, kBool || kFloat>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   static constexpr bool kHasMap = kBool && Arch::kAsyncCopy;  // of the mask's tiles; elsewhere there is no room
-  static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;  // of a bool mask
+  static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
   static constexpr int kSharedBytes = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
@@ -108,14 +110,18 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   };
   const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
   const auto fetch_keys = [&](int tile, int stage) {
-    if constexpr ((kHasMask && kHeadDim != 64) || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
-    key_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
+    key_tile(stage)
+        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
+            key, tile * kKeyTile);
   };
   const auto fetch_values = [&](int tile, int stage) {
-    if constexpr ((kHasMask && kHeadDim != 64) || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
+    value_tile(stage)
+        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
+            value, tile * kKeyTile);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint32_t*>(shared + Flash::kMapOffset)};
@@ -125,7 +131,6 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     }
     return tile;
   };
-
   const auto passes_all = [&](int tile) { return Flash::kHasMap && map.all_keys_take_part(p, tile); };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -163,7 +168,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   };
   const auto first_key = [&](int tile, int step) { return tile * kKeyTile + Flash::key(lane, step * (kStep / 8), 0); };
   BoolMask<kRowBlocks> bool_mask;
+  bool passes = false;  // the mask is known not to touch this tile
   if constexpr (Flash::kBool) {
+    passes = passes_all(first_tile);
     bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
   }
 
@@ -180,11 +187,11 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     }
 
     const bool drops = kHasMask && p.dropout_p > 0.f;
-    // Where this warp's part of the next tile begins.
-    const auto turn = [&] {
+    const auto turn_to_next = [&] {
       if constexpr (Flash::kBool) {  // these loads are on their way while the block waits for the next tile
         asm volatile("" : "+r"(head), "+r"(batch));
-        if (!passes_all(next)) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
+        passes = passes_all(next);
+        if (!passes) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
       }
       if constexpr (Flash::kStages == 1) {
         __syncthreads();
@@ -195,16 +202,12 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
     };
     if constexpr (Flash::kBool) {
-      if (passes_all(tile)) {
-        bool_mask.take_all();
-      } else {
-        bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
-      }
-      if (!bool_mask.any()) {  // of this warp's scores
+      if (!passes) bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      if (!passes && !bool_mask.any()) {  // of this warp's scores
         if (Tile::kLateValues && Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
           fetch_values(next, stage ^ 1);
         }
-        turn();
+        turn_to_next();
         continue;
       }
     }
@@ -219,70 +222,81 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
 
       // S = Q K^T
-      float scores[kRowBlocks][kStep / 8][4];
-      const auto score = [&] {
+      float scores[kRowBlocks][kStep / 8][4] = {};
+      const auto keys = key_tile(stage);
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
+        if constexpr (!Tile::kQueryInRegisters) {
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+        }
+#pragma unroll
+        for (int n = 0; n < kStep / 16; ++n) {
+          uint32_t b[4];
+          keys.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+            Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+          }
+        }
+      }
+
+      if constexpr (Flash::kStages == 2 && Tile::kLateValues) {
+        if (step == 0 && range.matters(q0, next * kKeyTile)) fetch_values(next, stage ^ 1);
+      }
+
+      // What must not be attended to is replaced, so that no NaN in it survives.
+      if constexpr (Flash::kBool) {
+        if (!passes) bool_mask.apply(scores);
+      }
+      if constexpr (Flash::kFloat) {
+        asm volatile("" : "+r"(head), "+r"(batch));
+        float_mask.apply(scores, p, batch, head, first_row(), first_key(tile, step), scale_log2);
+      }
+      if (range.is_partial(q0, k0)) {
+        const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
           for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
-          }
-        }
-        const auto keys = key_tile(stage);
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
-          if constexpr (!Tile::kQueryInRegisters) {
-#pragma unroll
-            for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
-          }
-#pragma unroll
-          for (int n = 0; n < kStep / 16; ++n) {
-            uint32_t b[4];
-            keys.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
-#pragma unroll
-            for (int m = 0; m < kRowBlocks; ++m) {
-              Product::add(scores[m][2 * n], q[m], b[0], b[1]);
-              Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+            for (int i = 0; i < 4; ++i) {
+              const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
+              if (!limit.sees(row, Flash::key(lane, step * (kStep / 8) + n, i))) scores[m][n][i] = -INFINITY;
             }
           }
         }
-      };
+      }
 
-      // What must not be attended to is replaced, so that no NaN in it survives.
-      const auto mask = [&] {
-        if constexpr (Flash::kBool) bool_mask.apply(scores);
-        if constexpr (Flash::kFloat) {
-          asm volatile("" : "+r"(head), "+r"(batch));
-          float_mask.apply(scores, p, batch, head, first_row(), first_key(tile, step), scale_log2);
+      softmax.see(scores, output);
+
+      if (drops) {
+        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+        if (step == 0) {
+          kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
+                       q0 / 16 + warp_block, first_key(tile, 0) / 16);
         }
-        if (range.is_partial(q0, k0)) {
-          const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
+        for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
-            for (int n = 0; n < kStep / 8; ++n) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
-                if (!limit.sees(row, Flash::key(lane, step * (kStep / 8) + n, i))) scores[m][n][i] = -INFINITY;
-              }
-            }
+          for (int i = 0; i < kStep / 2; ++i) {
+            if (!(kept[m] >> (step * (kStep / 2) + i) & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
           }
         }
-      };
+      }
 
-      // O += P V for 16 keys. Their exp2 stand right before their mma, so that the two pipes overlap.
-      const auto add_values = [&](int k) {
-        const auto values = value_tile(stage);
+      // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
+      const auto values = value_tile(stage);
+#pragma unroll
+      for (int k = 0; k < kStep / 16; ++k) {
         uint32_t probability[kRowBlocks][4];
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           softmax.exponentiate(scores[m][2 * k], m);
           softmax.exponentiate(scores[m][2 * k + 1], m);
-          // The sums are those of all.
-          if constexpr (kChange == ScoreChange::kDropout) {
+          if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
             const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
             drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
                        static_cast<uint32_t>(p.first_batch_head) + batch_head, q0 / 16 + warp_block + m, k0 / 16 + k);
@@ -299,34 +313,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
             Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
           }
         }
-      };
-
-      score();
-      if constexpr (Flash::kStages == 2 && Tile::kLateValues) {
-        if (step == 0 && range.matters(q0, next * kKeyTile)) fetch_values(next, stage ^ 1);
-      }
-      mask();
-      softmax.see(scores, output);
-      if (drops) {
-        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-        if (step == 0) {
-          kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
-                       q0 / 16 + warp_block, first_key(tile, 0) / 16);
-        }
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < kStep / 2; ++i) {
-            if (!(kept[m] >> (step * (kStep / 2) + i) & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kStep / 16; ++k) {
-        add_values(k);
       }
     }
-    turn();
+    turn_to_next();
   }
 
   // O and LSE.

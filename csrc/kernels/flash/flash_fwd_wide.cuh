@@ -15,6 +15,7 @@
 #include "../attn/block_range.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "bool_mask.cuh"
 #include "launch.h"
 #include "score_change.h"
 #include "score_dropout.cuh"
@@ -33,6 +34,7 @@ struct FlashForwardWide {
   static constexpr int kBlocks = kHeadDim / 32;     // 16-column blocks of a warp's output: every second one
   static constexpr int kKeyBlocks = kKeyTile / 32;  // 16-key blocks of a warp's scores
   static constexpr int kBlocksPerSm = 2;
+  static constexpr int kEarlyMaskWords = 4;  // of a row, in registers during Q K^T
 
   static constexpr int kCols = (kHeadDim + 63) / 64 * 64;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, true>;
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
   const int q0 = static_cast<int>(order.tiles - 1 - tile_number) * Flash::kQueryTile;  // causal: the longest first
   const int heads = static_cast<int>(p.H);
   if constexpr (kHasMask) batch_head = side_by_side(p, batch_head, heads);
-  const int batch = batch_head / heads, head = batch_head % heads, key_head = head / static_cast<int>(p.group);
+  int batch = batch_head / heads, head = batch_head % heads, key_head = head / static_cast<int>(p.group);
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
 
   // Shared memory: query | keys, then P | values | map of a mask. The output leaves through the query's place.
@@ -79,11 +81,17 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
   const typename Flash::QueryTile query_tile{base};
   const typename Flash::KeyTile key_tile{base + Flash::kKeyOffset}, value_tile{base + Flash::kValueOffset};
   const typename Flash::ProbabilityTile probability_tile{base + Flash::kKeyOffset};
+  // The mask's variant has no registers for addresses that would stay valid over the loop.
+  const auto start_anew = [&] {
+    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head));
+  };
   const auto fetch_keys = [&](int tile) {
+    start_anew();
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
     key_tile.template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
   };
   const auto fetch_values = [&](int tile) {
+    start_anew();
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
     value_tile.template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
   };
@@ -127,7 +135,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
     fetch_values(tile);
 
     const int query = pair_row + lane / 4, key = k0 + Flash::key(lane, side * 2 * kKeyBlocks, 0);  // the lane's first
-    FloatMask<kRowBlocks, 2 * kKeyBlocks, 4, true> mask;
+    FloatMask<kRowBlocks, 2 * kKeyBlocks, Flash::kEarlyMaskWords, true> mask;
     if constexpr (kHasMask) mask.read_early(p, batch, head, query, key);
 
     // S = Q K^T
@@ -150,6 +158,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
     }
 
     // What must not be attended to is replaced, so that no NaN in it survives.
+    start_anew();
     if constexpr (kHasMask) mask.apply(scores, p, batch, head, query, key, scale_log2);
     if (range.is_partial(q0, k0)) {
       const TileLimit limit = range.limit(q0, k0);
@@ -188,7 +197,8 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
       if (p.dropout_p > 0.f) {
         const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
         uint32_t kept[kRowBlocks];
-        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch_head, pair_row / 16, key / 16);
+        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, pair_row / 16,
+                     key / 16);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           kept[m] >>= side * 8 * kKeyBlocks;
@@ -277,7 +287,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
       }
       const int row = pair_row + m * 16 + half * 8 + lane / 4;
       const bool writes = side == 0 && lane % 4 == 0 && row < p.L;
-      const int64_t i = int64_t{batch_head} * p.L + row;
+      const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
       if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
       if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }

@@ -146,8 +146,9 @@ struct SharedTile {
   }
 
   // Fills the tile with rows [row0, row0 + kRows) in the given order, which must be a permutation of the row number's
-  // bits; what lies outside the operand becomes zero. Complete after wait_for_copies and a barrier.
-  template <int kThreads, class Order = InOrder, class U>
+  // bits; what lies outside the operand becomes zero. Complete after wait_for_copies and a barrier. kRecompute keeps
+  // what is computed from the thread's number out of registers between two calls.
+  template <int kThreads, class Order = InOrder, bool kRecompute = !std::is_same_v<Order, InOrder>, class U>
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
@@ -156,7 +157,7 @@ struct SharedTile {
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
     unsigned thread = threadIdx.x;
-    if constexpr (!std::is_same_v<Order, InOrder> && kCols != 64) asm volatile("" : "+r"(thread));  // keeps addresses out of registers
+    if constexpr (kRecompute) asm volatile("" : "+r"(thread));
     const int first = thread / kPanel, first_key = Order::key(first), rows = source.rows - row0;
 #pragma unroll
     for (int panel = 0; panel < kChunksPerRow; panel += kPanel) {
