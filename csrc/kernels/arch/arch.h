@@ -5,14 +5,18 @@
 namespace sdpa {
 
 // kSharedBytes: the most dynamic shared memory one block may opt in to on that architecture.
+// kAsyncCopy: whether it has cp.async; elsewhere copies to shared memory go through registers.
 struct Sm70 {
   static constexpr int kId = 70, kSharedBytes = 96 * 1024;
+  static constexpr bool kAsyncCopy = false;
 };
 struct Sm75 {
   static constexpr int kId = 75, kSharedBytes = 64 * 1024;
+  static constexpr bool kAsyncCopy = false;
 };
 struct Sm80 {  // sm80, and the only path so far for everything newer; 99 KB is what sm86 and sm89 allow
   static constexpr int kId = 80, kSharedBytes = 99 * 1024;
+  static constexpr bool kAsyncCopy = true;
 };
 
 }  // namespace sdpa

@@ -16,6 +16,22 @@ namespace sdpa {
 template <class Arch, class T>
 struct Mma;
 
+// Two m16n8k8: the left half of `a` with the upper half of `b`, then the right half with the lower.
+template <>
+struct Mma<Sm75, __half> {
+  __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    add(d, a[0], a[1], b0);
+    add(d, a[2], a[3], b1);
+  }
+
+ private:
+  __device__ static __forceinline__ void add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
+};
+
 template <>
 struct Mma<Sm80, __half> {
   __device__ static __forceinline__ void add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

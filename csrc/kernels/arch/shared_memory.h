@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "arch.h"
+
 namespace sdpa {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -24,6 +26,12 @@ __device__ __forceinline__ void cp_async(uint32_t destination, const void* sourc
 
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// This thread's copies have landed; a barrier makes them everyone's. What went through registers is there already.
+template <class Arch>
+__device__ __forceinline__ void wait_for_copies() {
+  if constexpr (Arch::kAsyncCopy) cp_async_wait_all();
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

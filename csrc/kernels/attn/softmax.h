@@ -58,6 +58,13 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void see(const float (&scores)[kRowBlocks][kCols][4],
                                       float (&output)[kRowBlocks][kOutCols][4]) {
     float highest[kRowBlocks][2];
+    if (__any_sync(0xffffffffu, find_highest(highest, scores))) raise(highest, output);
+  }
+
+  // The parts of `see`, for warps that share rows: whether some row has outgrown its reference,
+  template <int kCols>
+  __device__ __forceinline__ bool find_highest(float (&highest)[kRowBlocks][2],
+                                               const float (&scores)[kRowBlocks][kCols][4]) const {
     bool outgrown = false;
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
@@ -72,7 +79,12 @@ struct OnlineSoftmax {
         outgrown |= highest[m][half] - reference[m][half] > kSlack;
       }
     }
-    if (!__any_sync(0xffffffffu, outgrown)) return;
+    return outgrown;
+  }
+  // and new references for all rows.
+  template <int kOutCols>
+  __device__ __forceinline__ void raise(const float (&highest)[kRowBlocks][2],
+                                        float (&output)[kRowBlocks][kOutCols][4]) {
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -97,6 +109,12 @@ struct OnlineSoftmax {
       scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -reference[m][i >> 1]));
       sum[m][i >> 1] += scores[i];
     }
+  }
+
+  // Between `see` and `exponentiate`, for a score that dropout drops: it counts in the sum alone.
+  __device__ __forceinline__ void take_out(float& score, int m, int half) {
+    sum[m][half] += exp2_approx(fmaf(score, scale_log2, -reference[m][half]));
+    score = -INFINITY;
   }
 
   // After the last tile: the factor that normalises a row, 0 for a row with nothing to attend to, and its LSE.

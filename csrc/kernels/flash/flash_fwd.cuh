@@ -1,8 +1,8 @@
 // Flash attention forward on mma.sync: one block for each query tile of a head, a loop over key tiles.
 //
 // A warp owns whole query rows: scores, softmax and output of a row never leave it. Keys and values come through a
-// two-stage ring of cp.async copies, with one barrier per key tile. P goes from the accumulators of Q K^T straight into
-// the operand registers of P V.
+// two-stage ring of cp.async copies, with one barrier per key tile (without cp.async: one stage, two barriers). P goes
+// from the accumulators of Q K^T straight into the operand registers of P V. Head dims over 128: flash_fwd_wide.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,10 @@
 #include "../attn/block_range.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "bool_mask.cuh"
+#include "flash_fwd_wide.cuh"
 #include "launch.h"
+#include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
 #include "tile.cuh"
@@ -22,41 +25,51 @@
 namespace sdpa {
 
 // 32 rows a warp rather than 16: a key or value fragment read from shared memory then feeds twice the mma, and shared
-// memory bandwidth is what a 16-row warp runs out of first.
-template <int kHeadDim, bool kHasMask>
+// memory bandwidth is what a 16-row warp runs out of first. But where copies go through registers, more warps hide
+// them better, and a second stage would not.
+template <class Arch, int kHeadDim, ScoreChange kChange>
 struct FlashForwardTile {
-  static constexpr int kWarps = 4;
-  static constexpr int kRowBlocks = 2;  // 16-row blocks of a warp
+  static constexpr int kWarps = Arch::kAsyncCopy ? 4 : 8;
+  static constexpr int kRowBlocks = Arch::kAsyncCopy ? 2 : 1;  // 16-row blocks of a warp
   static constexpr int kKeys = 64;
-  static constexpr int kStep = kHasMask && kHeadDim != 64 ? 32 : kKeys;  // keys whose scores are in registers at once
-  static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 0 : 4;         // a row's mask entries in registers meanwhile
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;              // at 128 the output fills them
-  static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
+  static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
+  // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
+  static constexpr int kStep = kChange == ScoreChange::kFloatMask && kHeadDim != 64 ? 32 : kKeys;
+  static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
+  // At 128 the output fills the registers, and the variants that need more read the query from shared memory, too.
+  static constexpr bool kQueryInRegisters =
+      kHeadDim == 32 ? kChange == ScoreChange::kNone
+                     : kHeadDim == 64 && Arch::kAsyncCopy && kChange != ScoreChange::kFloatMask;
+  static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
   // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
   // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
   static constexpr bool kLateValues = kHeadDim > 64;
-  static constexpr bool kRecomputeAddresses = kHeadDim <= 32;
+  static constexpr bool kRecomputeAddresses =
+      kHeadDim <= 32 ? kChange != ScoreChange::kDropout : kHeadDim > 64 && kChange != ScoreChange::kNone;
 };
 
-// kHasMask: the variant for calls with a mask tensor or dropout.
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 struct FlashForward {
+  using Tile = FlashForwardTile<Arch, kHeadDim, kChange>;
   static constexpr int kThreads = Tile::kWarps * 32;
   static constexpr int kRowBlocks = Tile::kRowBlocks;
   static constexpr int kWarpRows = kRowBlocks * 16;
   static constexpr int kQueryTile = Tile::kWarps * kWarpRows;
   static constexpr int kKeyTile = Tile::kKeys;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = Tile::kStages;
   static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
+  static constexpr bool kBool = kChange == ScoreChange::kBoolMask, kFloat = kChange == ScoreChange::kFloatMask;
 
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;  // of values too
-  using KeyOrder = std::conditional_t<kHasMask, ColumnRuns<kKeyTile>, InOrder>;
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch, kBool || kFloat>;
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch, kBool || kFloat>;  // of values too
+  using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
-  static constexpr int kSharedBytes = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static constexpr bool kHasMap = kBool && Arch::kAsyncCopy;  // of the mask's tiles; elsewhere there is no room
+  static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static constexpr int kSharedBytes = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
   static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
-  static_assert(!kHasMask || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
+  static_assert(!(kBool || kFloat) || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
 
   // The key in column n * 8 + lane % 4 * 2 + i % 2 of the scores.
   static __device__ __forceinline__ int key(int lane, int n, int i) {
@@ -64,27 +77,17 @@ struct FlashForward {
   }
 };
 
-// The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
-// zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
-template <class Tile>
-__device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
-  const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
-  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
-    const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
-    const uint4 v = load_shared_16(address);
-    store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
-  }
-  __syncwarp();
-}
-
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
-__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask>::kThreads, Tile::kBlocksPerSm)
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThreads,
+                                  FlashForwardTile<Arch, kHeadDim, kChange>::kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                          const __grid_constant__ Dropout dropout, const float scale_log2) {
-  using Flash = FlashForward<Arch, T, kHeadDim, Tile, kHasMask>;
+  using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
+  using Tile = typename Flash::Tile;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
   constexpr int kThreads = Flash::kThreads, kStep = Tile::kStep;
+  constexpr bool kHasMask = Flash::kBool || Flash::kFloat;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block.
@@ -107,36 +110,41 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
   };
   const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
   const auto fetch_keys = [&](int tile, int stage) {
-    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
-    key_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
+    key_tile(stage)
+        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
+            key, tile * kKeyTile);
   };
   const auto fetch_values = [&](int tile, int stage) {
-    if constexpr (kHasMask || Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
+    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
+    value_tile(stage)
+        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
+            value, tile * kKeyTile);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
+  const TileMap map{reinterpret_cast<uint32_t*>(shared + Flash::kMapOffset)};
   const auto next_tile = [&](int tile) {
-    if constexpr (kHasMask) {
-      while (range.matters(q0, tile * kKeyTile) && !any_key_takes_part<kKeyTile>(p, batch, head, tile * kKeyTile)) {
-        ++tile;
-      }
+    if constexpr (Flash::kHasMap) {
+      while (range.matters(q0, tile * kKeyTile) && !map.any_key_takes_part(p, tile)) ++tile;
     }
     return tile;
   };
+  const auto passes_all = [&](int tile) { return Flash::kHasMap && map.all_keys_take_part(p, tile); };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
 
   query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  if constexpr (Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
   const int first_tile = next_tile(0);
   if (range.matters(q0, first_tile * kKeyTile)) {
     fetch_keys(first_tile, 0);
     fetch_values(first_tile, 0);
   }
-  cp_async_wait_all();
+  wait_for_copies<Arch>();
   __syncthreads();
   if (p.scale <= 0.f) fold_scale_sign(query_tile, warp * Flash::kWarpRows, Flash::kWarpRows, p.scale);
 
@@ -149,29 +157,68 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
     }
   }
 
-  OnlineSoftmax<kRowBlocks> softmax(kHasMask && mask_scales(p.mask_kind) ? 1.f : scale_log2);
+  OnlineSoftmax<kRowBlocks> softmax(Flash::kFloat ? 1.f : scale_log2);
   float output[kRowBlocks][kHeadDim / 8][4] = {};
 
+  // This lane's first row and, in tile `tile`, first key.
+  const auto first_row = [&] {
+    unsigned thread = threadIdx.x;
+    if constexpr (kHasMask) asm volatile("" : "+r"(thread));
+    return static_cast<int>(q0 + thread / 32 * Flash::kWarpRows + thread % 32 / 4);
+  };
+  const auto first_key = [&](int tile, int step) { return tile * kKeyTile + Flash::key(lane, step * (kStep / 8), 0); };
+  BoolMask<kRowBlocks> bool_mask;
+  bool passes = false;  // the mask is known not to touch this tile
+  if constexpr (Flash::kBool) {
+    passes = passes_all(first_tile);
+    bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
+  }
+
   for (int tile = first_tile, next, parity = 0; range.matters(q0, tile * kKeyTile); tile = next, parity ^= 1) {
-    const int k0 = tile * kKeyTile, stage = kHasMask ? parity : tile % Flash::kStages;
+    const int k0 = tile * kKeyTile;
+    const int stage = Flash::kStages == 1 ? 0 : Flash::kBool ? parity : tile % Flash::kStages;
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
     next = next_tile(tile + 1);
-    if (range.matters(q0, next * kKeyTile)) {
+    if (Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
       fetch_keys(next, stage ^ 1);
       if constexpr (!Tile::kLateValues) fetch_values(next, stage ^ 1);
     }
 
     const bool drops = kHasMask && p.dropout_p > 0.f;
+    const auto turn_to_next = [&] {
+      if constexpr (Flash::kBool) {  // these loads are on their way while the block waits for the next tile
+        asm volatile("" : "+r"(head), "+r"(batch));
+        passes = passes_all(next);
+        if (!passes) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
+      }
+      if constexpr (Flash::kStages == 1) {
+        __syncthreads();
+        if (range.matters(q0, next * kKeyTile)) {
+          fetch_keys(next, 0);
+          fetch_values(next, 0);
+        }
+      }
+    };
+    if constexpr (Flash::kBool) {
+      if (!passes) bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      if (!passes && !bool_mask.any()) {  // of this warp's scores
+        if (Tile::kLateValues && Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
+          fetch_values(next, stage ^ 1);
+        }
+        turn_to_next();
+        continue;
+      }
+    }
+
     uint32_t kept[kRowBlocks];
 #pragma unroll 1
     for (int step = 0; step < kKeyTile / kStep; ++step) {
-      ScoreMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
-      if constexpr (kHasMask) {
+      FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords, false> float_mask;
+      if constexpr (Flash::kFloat) {
         asm volatile("" : "+r"(head), "+r"(batch));  // addresses start anew in each step
-        mask.read_early(p, batch, head, q0 + warp * Flash::kWarpRows + lane / 4,
-                        k0 + Flash::key(lane, step * (kStep / 8), 0));
+        float_mask.read_early(p, batch, head, first_row(), first_key(tile, step));
       }
 
       // S = Q K^T
@@ -196,17 +243,18 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
         }
       }
 
-      if constexpr (Tile::kLateValues) {
+      if constexpr (Flash::kStages == 2 && Tile::kLateValues) {
         if (step == 0 && range.matters(q0, next * kKeyTile)) fetch_values(next, stage ^ 1);
       }
 
-      if constexpr (kHasMask) {
-        asm volatile("" : "+r"(head), "+r"(batch));
-        mask.apply(scores, p, batch, head, q0 + warp * Flash::kWarpRows + lane / 4,
-                   k0 + Flash::key(lane, step * (kStep / 8), 0), scale_log2);
-      }
-
       // What must not be attended to is replaced, so that no NaN in it survives.
+      if constexpr (Flash::kBool) {
+        if (!passes) bool_mask.apply(scores);
+      }
+      if constexpr (Flash::kFloat) {
+        asm volatile("" : "+r"(head), "+r"(batch));
+        float_mask.apply(scores, p, batch, head, first_row(), first_key(tile, step), scale_log2);
+      }
       if (range.is_partial(q0, k0)) {
         const TileLimit limit = range.limit(q0, k0);
 #pragma unroll
@@ -224,10 +272,19 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
 
       softmax.see(scores, output);
 
-      if (drops && step == 0) {
+      if (drops) {
         const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch_head, q0 / 16 + warp_block,
-                     (k0 + Flash::key(lane, 0, 0)) / 16);
+        if (step == 0) {
+          kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
+                       q0 / 16 + warp_block, first_key(tile, 0) / 16);
+        }
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int i = 0; i < kStep / 2; ++i) {
+            if (!(kept[m] >> (step * (kStep / 2) + i) & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
+          }
+        }
       }
 
       // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
@@ -239,11 +296,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
         for (int m = 0; m < kRowBlocks; ++m) {
           softmax.exponentiate(scores[m][2 * k], m);
           softmax.exponentiate(scores[m][2 * k + 1], m);
-          if (drops) {  // the sums are those of all
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              if (!(kept[m] >> ((step * (kStep / 16) + k) * 8 + i) & 1)) scores[m][2 * k + i / 4][i % 4] = 0.f;
-            }
+          if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
+            const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+            drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
+                       static_cast<uint32_t>(p.first_batch_head) + batch_head, q0 / 16 + warp_block + m, k0 / 16 + k);
           }
           to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
         }
@@ -259,6 +315,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
         }
       }
     }
+    turn_to_next();
   }
 
   // O and LSE.
@@ -268,8 +325,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float logsumexp, rest = 0.f;
-      float factor = kHasMask ? softmax.finish(m, half, logsumexp, rest) : softmax.finish(m, half, logsumexp);
-      if constexpr (kHasMask) factor *= dropout.rescale;  // 1 without dropout
+      float factor =
+          kChange != ScoreChange::kNone ? softmax.finish(m, half, logsumexp, rest) : softmax.finish(m, half, logsumexp);
+      if constexpr (kChange != ScoreChange::kNone) factor *= dropout.rescale;  // 1 without dropout
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         output[m][n][2 * half] *= factor;
@@ -277,7 +335,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
       }
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
       const bool writes = lane % 4 == 0 && row < p.L;
-      const int64_t i = int64_t{batch_head} * p.L + row;
+      const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
       if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
       if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }
@@ -285,10 +343,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, Tile, kHasMask
   query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
 }
 
-template <class Arch, class T, int kHeadDim, class Tile, bool kHasMask>
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  using Flash = FlashForward<Arch, T, kHeadDim, Tile, kHasMask>;
-  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, Tile, kHasMask>;
+  using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
+  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, kChange>;
   const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
   const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
@@ -301,13 +359,28 @@ cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
+  if (p.mask_kind == MaskKind::kNone) {
+    return p.dropout_p == 0.f ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
+                              : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  }
+  return p.mask_kind == MaskKind::kBool ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kBoolMask>(p, stream)
+                                        : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
+}
+
 // Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  if (p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
-    return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim, false>, false>(p, stream);
+  if constexpr (kHeadDim > 128) {
+    static_assert(kHeadDim == 256);
+    const int64_t columns = std::max(p.E, p.Ev);
+    return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)
+           : columns <= 192 ? flash_forward_wide<Arch, T, 192>(p, stream)
+                            : flash_forward_wide<Arch, T, 256>(p, stream);
+  } else {
+    return flash_forward_narrow<Arch, T, kHeadDim>(p, stream);
   }
-  return launch_flash_forward<Arch, T, kHeadDim, FlashForwardTile<kHeadDim, true>, true>(p, stream);
 }
 
 }  // namespace sdpa

@@ -10,6 +10,22 @@
 
 namespace sdpa {
 
+// Dropout in the forward, keys in order: the numbers of one draw are those of a lane's share of a 16 x 16 block, the
+// accumulators `left` and `right`. Zeroes what is dropped.
+__device__ __forceinline__ void drop_block(float (&left)[4], float (&right)[4], const Dropout& dropout,
+                                           uint32_t batch_head, uint32_t block_row, uint32_t block_col) {
+  const Philox8 x = dropout.draw(batch_head, block_row, block_col, threadIdx.x % 32);
+  // A number is kept below the threshold. In the upper half of a word it is compared with the lower half in place;
+  // with a threshold of 0 nothing is dropped here, but `rescale` is 0.
+  const uint32_t bound = (dropout.threshold << 16) - 1;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const uint32_t word = n % 2 == 0 ? x.word[n / 2] << 16 : x.word[n / 2];
+    float& score = n < 4 ? left[n] : right[n - 4];
+    score = word <= bound ? score : 0.f;
+  }
+}
+
 // Dropout in the forward, keys in the order of ColumnRuns<64>: a lane has 16 neighbouring keys, one block column, for
 // rows lane / 4 and the eighth after it. Bit 4 n + i says whether scores[n][i] is kept.
 template <int kRowBlocks>

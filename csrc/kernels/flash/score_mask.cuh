@@ -44,7 +44,8 @@ constexpr float kLowestPlainBias = kLowestBias / 2.f;
 template <class M, int kCount>
 struct MaskRun {
   static constexpr int kBytes = kCount * static_cast<int>(sizeof(M));
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
+  static constexpr int kAlignment = kBytes < 16 ? kBytes : 16;  // that read_wide wants
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes % 16 == 0);
   uint32_t words[(kBytes + 3) / 4];
 
   __device__ __forceinline__ void read_wide(const M* from) {
@@ -56,8 +57,11 @@ struct MaskRun {
       const uint2 v = __ldg(reinterpret_cast<const uint2*>(from));
       words[0] = v.x, words[1] = v.y;
     } else {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+#pragma unroll
+      for (int n = 0; n < kBytes / 16; ++n) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + n);
+        words[4 * n] = v.x, words[4 * n + 1] = v.y, words[4 * n + 2] = v.z, words[4 * n + 3] = v.w;
+      }
     }
   }
 
@@ -166,7 +170,7 @@ struct HeadMask {
   // becomes of its scores is nobody's concern.
   template <int kCount, int kRuns, class Offset>
   __device__ __forceinline__ void read(MaskRun<M, kCount> (&run)[kRuns], int query, int key, Offset offset) const {
-    if (is_aligned(kCount * sizeof(M)) && key + kCount <= S && query + offset(kRuns - 1) < L) {
+    if (is_aligned(MaskRun<M, kCount>::kAlignment) && key + kCount <= S && query + offset(kRuns - 1) < L) {
       const M* const from = data + query * query_stride + key;
 #pragma unroll
       for (int n = 0; n < kRuns; ++n) run[n].read_wide(from + offset(n) * query_stride);
@@ -234,13 +238,15 @@ __device__ __forceinline__ int side_by_side(const ForwardParams& p, int number, 
   return number % batches * heads + number / batches;
 }
 
-// Forward: this lane's entries for one step's scores. They are read before the step's product, so that the loads are
-// on their way meanwhile, unless they take more than kEarlyWords registers a row.
-template <int kRowBlocks, int kCols, int kEarlyWords>
-struct ScoreMask {
+// Forward, float mask (and bool, if kTakesBool): this lane's entries for one step's scores. They are read before the
+// step's product, so that the loads are on their way meanwhile, unless they take more than kEarlyWords registers a row.
+template <int kRowBlocks, int kCols, int kEarlyWords, bool kTakesBool>
+struct FloatMask {
   static constexpr int kRuns = 2 * kRowBlocks, kKeys = 2 * kCols;
   uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
 
+  template <class M>
+  static constexpr bool kTakes = !std::is_void_v<M> && (kTakesBool || !std::is_same_v<M, uint8_t>);
   template <class M>
   static constexpr bool kIsEarly = kKeys * sizeof(M) <= kEarlyWords * 4;
 
@@ -249,7 +255,7 @@ struct ScoreMask {
   // `query` and `key` are this lane's first.
   __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M>) {
+      if constexpr (kTakes<M>) {
         if constexpr (kIsEarly<M>) {
           MaskRun<M, kKeys> run[kRuns];
           HeadMask<M>(p, batch, head).read(run, query, key, offset);
@@ -263,7 +269,7 @@ struct ScoreMask {
   __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4], const ForwardParams& p, int batch,
                                         int head, int query, int key, float scale_log2) const {
     with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M>) {
+      if constexpr (kTakes<M>) {
         constexpr int kWidest = sizeof(M) == 1 ? 8 : 16 / sizeof(M);
         constexpr int kCount = kIsEarly<M> || kWidest > kKeys ? kKeys : kWidest;
 #pragma unroll
@@ -286,10 +292,7 @@ struct ScoreMask {
             }
           };
           if constexpr (sizeof(M) == 1) {
-            bool all = true;
-#pragma unroll
-            for (int row = 0; row < kRuns; ++row) all &= run[row].keeps_all();
-            if (!__all_sync(0xffffffffu, all)) each(std::true_type());
+            each(std::true_type());
           } else if (are_plain(run)) {
             each(std::true_type());
           } else {

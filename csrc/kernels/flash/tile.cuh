@@ -89,13 +89,18 @@ struct InOrder {
 
 // kRows x kCols elements of T, row after row, with the 16-byte chunks of a row permuted by the row number so that the
 // eight rows an ldmatrix phase reads at one column lie in eight different bank groups. `base` must be a multiple of
-// the row's bytes.
-template <class T, int kRows_, int kCols_>
+// the row's bytes, and of 128. On an Arch without cp.async the copies go through registers.
+//
+// kFewAddresses: one register for each of four column steps rather than for all of them. It is no faster by itself, but
+// where registers run out one of the two settings spills.
+template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false>
 struct SharedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr int kRowBytes = kCols * static_cast<int>(sizeof(T));
   static constexpr int kChunksPerRow = kRowBytes / kChunkBytes;
   static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr bool kPowerOfTwo = (kChunksPerRow & (kChunksPerRow - 1)) == 0;
+  static_assert(kPowerOfTwo || kFewAddresses);
   static_assert(sizeof(T) == 2 && (kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
 
   uint32_t base;
@@ -111,10 +116,15 @@ struct SharedTile {
     return {offset(lane % 16, lane / 16), offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
   }
 
-  // The 16 x 16 block (row_block, col_block). Swizzling is an exclusive or on address bits below the row's bytes, so a
-  // step of columns is one too, and a step of 16 rows is a plain constant.
+  // The 16 x 16 block (row_block, col_block). Swizzling is an exclusive or on the address bits of a bank cycle (128
+  // bytes), so a step of columns inside one is that too; other steps are plain constants. Where the row's bytes are a
+  // power of two, all steps of columns are one.
   __device__ __forceinline__ uint32_t block_address(uint32_t lane, int row_block, int col_block) const {
-    return ((base + lane) ^ (col_block * 2 * kChunkBytes)) + row_block * 16 * kRowBytes;
+    if constexpr (kFewAddresses) {
+      return ((base + lane) ^ (col_block % 4 * 2 * kChunkBytes)) + col_block / 4 * 128 + row_block * 16 * kRowBytes;
+    } else {
+      return ((base + lane) ^ (col_block * 2 * kChunkBytes)) + row_block * 16 * kRowBytes;
+    }
   }
   // The block as operand `a`.
   __device__ __forceinline__ void load_a(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
@@ -136,43 +146,63 @@ struct SharedTile {
   }
 
   // Fills the tile with rows [row0, row0 + kRows) in the given order, which must be a permutation of the row number's
-  // bits; what lies outside the operand becomes zero. Complete after cp_async_wait_all and a barrier.
-  template <int kThreads, class Order = InOrder, class U>
+  // bits; what lies outside the operand becomes zero. Complete after wait_for_copies and a barrier. kRecompute keeps
+  // what is computed from the thread's number out of registers between two calls.
+  template <int kThreads, class Order = InOrder, bool kRecompute = !std::is_same_v<Order, InOrder>, class U>
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
-    static_assert(kThreads % (8 * kChunksPerRow) == 0 || kThreads % kChunksPerRow == 0);
-    constexpr int kRowStep = kThreads / kChunksPerRow;
-    static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0);  // a thread keeps its column and its swizzle
+    // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
+    constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
+    constexpr int kPanel = kPowerOfTwo ? kLongest : 8;
+    constexpr int kRowStep = kThreads / kPanel;
+    static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
     unsigned thread = threadIdx.x;
-    if constexpr (!std::is_same_v<Order, InOrder>) asm volatile("" : "+r"(thread));  // keeps addresses out of registers
-    const int chunk = thread % kChunksPerRow, first = thread / kChunksPerRow;
-    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
-    const int rows = source.rows - row0, first_key = Order::key(first);
-    const uint32_t to = base + offset(first, chunk);
-    const U* from = source.data + int64_t{row0 + first_key} * source.row_stride + chunk * kChunkElements;
-    if (source.access == Access::kChunk) {
+    if constexpr (kRecompute) asm volatile("" : "+r"(thread));
+    const int first = thread / kPanel, first_key = Order::key(first), rows = source.rows - row0;
 #pragma unroll
-      for (int row = 0; row < kRows; row += kRowStep) {
-        cp_async<16>(to + row * kRowBytes, from, first_key + Order::key(row) < rows ? present * 2 : 0);
-        from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
-      }
-    } else if (source.access == Access::kWord) {
-#pragma unroll 1
-      for (int row = 0; row < kRows; row += kRowStep) {
-        const int bytes = first_key + Order::key(row) < rows ? present * 2 : 0;
+    for (int panel = 0; panel < kChunksPerRow; panel += kPanel) {
+      const int chunk = panel + thread % kPanel;
+      const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
+      const uint32_t to = base + offset(first, chunk);
+      const U* from = source.data + int64_t{row0 + first_key} * source.row_stride + chunk * kChunkElements;
+      if (Arch::kAsyncCopy && source.access == Access::kChunk) {
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          cp_async<4>(to + row * kRowBytes + word * 4, from + word * 2, min(max(bytes - word * 4, 0), 4));
+        for (int row = 0; row < kRows; row += kRowStep) {
+          cp_async<16>(to + row * kRowBytes, from, first_key + Order::key(row) < rows ? present * 2 : 0);
+          from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
         }
-        from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
-      }
-    } else {
+      } else if (Arch::kAsyncCopy && source.access == Access::kWord) {
 #pragma unroll 1
-      for (int row = 0; row < kRows; row += kRowStep) {
-        const int key = first_key + Order::key(row);
-        const bool inside = key < rows;
-        store_shared_16(to + row * kRowBytes,
-                        inside ? read_chunk(source, row0 + key, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+        for (int row = 0; row < kRows; row += kRowStep) {
+          const int bytes = first_key + Order::key(row) < rows ? present * 2 : 0;
+#pragma unroll
+          for (int word = 0; word < 4; ++word) {
+            cp_async<4>(to + row * kRowBytes + word * 4, from + word * 2, min(max(bytes - word * 4, 0), 4));
+          }
+          from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
+        }
+      } else if (!Arch::kAsyncCopy && source.access == Access::kChunk && present == kChunkElements) {
+        // All loads, then all stores: the loads are on their way together.
+        uint4 values[kRows / kRowStep];
+#pragma unroll
+        for (int row = 0; row < kRows; row += kRowStep) {
+          uint4& v = values[row / kRowStep];
+          v = {0, 0, 0, 0};
+          if (first_key + Order::key(row) < rows) v = *reinterpret_cast<const uint4*>(from);
+          from += (Order::key(row + kRowStep) - Order::key(row)) * source.row_stride;
+        }
+#pragma unroll
+        for (int row = 0; row < kRows; row += kRowStep) {
+          store_shared_16(to + row * kRowBytes, values[row / kRowStep]);
+        }
+      } else {
+#pragma unroll 1
+        for (int row = 0; row < kRows; row += kRowStep) {
+          const int key = first_key + Order::key(row);
+          const bool inside = key < rows;
+          store_shared_16(to + row * kRowBytes,
+                          inside ? read_chunk(source, row0 + key, chunk * kChunkElements) : uint4{0, 0, 0, 0});
+        }
       }
     }
   }
@@ -186,33 +216,47 @@ struct SharedTile {
     }
   }
 
-  // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on, to these rows of the tile and from
-  // there to global rows row0 + Order::key(0), row0 + Order::key(1), ... Nobody else may use these rows of the tile
-  // meanwhile.
-  template <int kBlocks, class Order = InOrder, class U>
-  __device__ __forceinline__ void store(const float (&values)[kBlocks][kCols / 8][4], int row_block,
-                                        const HeadRows<U>& target, int row0) const {
+  // One warp writes its accumulators, kBlocks blocks of 16 rows from `row_block` on and every kColStep-th block of
+  // columns from `col_block` on, to their place in the tile and from there to global rows row0 + Order::key(0),
+  // row0 + Order::key(1), ... Nobody else may use this part of the tile meanwhile.
+  template <int kBlocks, class Order = InOrder, int kColStep = 1, class U, int kColTiles>
+  __device__ __forceinline__ void store(const float (&values)[kBlocks][kColTiles][4], int row_block,
+                                        const HeadRows<U>& target, int row0, int col_block = 0) const {
     const int lane = threadIdx.x % 32;
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-      for (int n = 0; n < kCols / 16; ++n) {
+      for (int n = 0; n < kColTiles / 2; ++n) {
         uint32_t a[4];
         to_operand<T>(a, values[m][2 * n], values[m][2 * n + 1]);
-        put_a(a, row_block + m, n);
+        put_a(a, row_block + m, col_block + n * kColStep);
       }
     }
     __syncwarp();
     const int rows = std::is_same_v<Order, InOrder> ? min(target.rows - row0, kBlocks * 16) : kBlocks * 16;
 #pragma unroll 1
-    for (int i = lane; i < rows * kChunksPerRow; i += 32) {
-      const int row = i / kChunksPerRow, chunk = i % kChunksPerRow, to = row0 + Order::key(row);
+    for (int i = lane; i < rows * kColTiles; i += 32) {
+      const int row = i / kColTiles, chunk = (col_block + i % kColTiles / 2 * kColStep) * 2 + i % 2;
+      const int to = row0 + Order::key(row);
       if (!std::is_same_v<Order, InOrder> && to >= target.rows) continue;
       const uint4 v = load_shared_16(base + offset(row_block * 16 + row, chunk));
       write_chunk(target, to, chunk * kChunkElements, v);
     }
   }
 };
+
+// The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
+// zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
+template <class Tile>
+__device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
+  const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
+  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
+    const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
+    const uint4 v = load_shared_16(address);
+    store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
+  }
+  __syncwarp();
+}
 
 }  // namespace sdpa

@@ -1,0 +1,140 @@
+// Bool masks in the forward: what is known of whole key tiles, and a lane's entries as bits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../attn/params.h"
+#include "score_mask.cuh"
+
+namespace sdpa {
+
+// Forward, a bool mask that is the same for every query (key padding): in which of the first key tiles any key takes
+// part, and in which all. Read once by the whole block, so that the loop over tiles need not wait for it.
+struct TileMap {
+  static constexpr int kTiles = 8192;  // of those after that nothing is known
+  static constexpr int kWords = kTiles / 32, kBytes = 2 * kWords * static_cast<int>(sizeof(uint32_t));
+
+  uint32_t* words;  // any, then all
+
+  static __device__ __forceinline__ bool exists(const ForwardParams& p) {
+    return p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0;
+  }
+
+  // All threads of the block; ends with a barrier.
+  template <int kThreads, int kKeys>
+  __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
+    if (exists(p)) {
+      const HeadMask<uint8_t> mask(p, batch, head);
+      const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
+      for (int first = threadIdx.x - lane; first < tiles; first += kThreads) {
+        uint32_t any = 0;
+        bool all = true;
+#pragma unroll 1
+        for (int n = 0; n < kKeys; n += 16) {
+          const int key = (first + lane) * kKeys + n;
+          MaskRun<uint8_t, 16> run[1] = {};
+          if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
+          any |= run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3];
+          all &= run[0].keeps_all();
+        }
+        const uint32_t any_word = __ballot_sync(0xffffffffu, any != 0), all_word = __ballot_sync(0xffffffffu, all);
+        if (lane == 0) words[first / 32] = any_word, words[kWords + first / 32] = all_word;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int tile) const {
+    return !exists(p) || tile >= kTiles || (words[tile / 32] >> tile % 32 & 1) != 0;
+  }
+  __device__ __forceinline__ bool all_keys_take_part(const ForwardParams& p, int tile) const {
+    return exists(p) && tile < kTiles && (words[kWords + tile / 32] >> tile % 32 & 1) != 0;
+  }
+};
+
+// Forward, bool mask: this lane's entries for a tile of 64 keys, 16 keys of each of its rows. They are fetched a tile
+// ahead and wait as one bit each.
+template <int kRowBlocks>
+struct BoolMask {
+  static constexpr int kRuns = 2 * kRowBlocks, kKeys = 16;
+  static_assert(kRuns <= 4);
+  static constexpr uint32_t kAll = ((1u << kRuns) - 1) * 0x11111111u;
+  MaskRun<uint8_t, kKeys> run[kRuns];
+  uint32_t bits[2];
+  bool is_wide;
+
+  static __device__ __forceinline__ constexpr int offset(int n) { return n * 8; }
+
+  // `query` and `key` are this lane's first. Only wide loads go ahead: single bytes would take too many registers.
+  __device__ __forceinline__ void fetch(const ForwardParams& p, int batch, int head, int query, int key) {
+    const HeadMask<uint8_t> mask(p, batch, head);
+    is_wide = mask.is_aligned(kKeys) && key + kKeys <= mask.S;
+    if (!is_wide) return;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+      run[row].read_wide(mask.data + min(query + offset(row), mask.L - 1) * mask.query_stride + key);
+    }
+  }
+  // After fetch, with the same arguments. Bit `row` of byte n % 4 of bits[n / 8] says whether key n takes part, four
+  // bits further up if n % 8 > 3.
+  __device__ __forceinline__ void settle(const ForwardParams& p, int batch, int head, int query, int key) {
+    bits[0] = bits[1] = 0;
+    if (!is_wide) {
+      const HeadMask<uint8_t> mask(p, batch, head);
+#pragma unroll 1
+      for (int row = 0; row < kRuns; ++row) {
+        const uint8_t* const from =
+            mask.data + min(query + offset(row), mask.L - 1) * mask.query_stride + key * mask.key_stride;
+#pragma unroll
+        for (int n = 0; n < kKeys; ++n) {
+          const bool takes_part = key + n < mask.S && __ldg(from + n * mask.key_stride) != 0;
+          bits[n / 8] |= takes_part ? 1u << (n % 4 * 8 + n % 8 / 4 * 4) << row : 0u;
+        }
+      }
+      return;
+    }
+    uint32_t seen = 0;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) seen |= run[row].words[n];
+    }
+    if ((seen & 0xfefefefeu) != 0) {  // true is 1 as a rule, but any other byte than 0 is true as well
+#pragma unroll
+      for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) run[row].words[n] = __vcmpne4(run[row].words[n], 0) & 0x01010101u;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int row = 0; row < kRuns; ++row) bits[half] += run[row].words[2 * half + n] << (4 * n + row);
+      }
+    }
+  }
+  // Whether any score of the warp takes part.
+  __device__ __forceinline__ bool any() const { return __any_sync(0xffffffffu, (bits[0] | bits[1]) != 0); }
+
+  template <int kCols>
+  __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4]) const {
+    static_assert(2 * kCols == kKeys);
+    if (__all_sync(0xffffffffu, (bits[0] & bits[1]) == kAll)) return;
+#pragma unroll
+    for (int row = 0; row < kRuns; ++row) {
+#pragma unroll
+      for (int n = 0; n < kKeys; ++n) {
+        const uint32_t bit = 1u << (n % 4 * 8 + n % 8 / 4 * 4 + row);
+        float& score = scores[row / 2][n / 2][row % 2 * 2 + n % 2];
+        score = (bits[n / 8] & bit) != 0 ? score : -INFINITY;
+      }
+    }
+  }
+};
+
+}  // namespace sdpa

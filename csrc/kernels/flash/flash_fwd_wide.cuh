@@ -1,0 +1,324 @@
+// Flash attention forward for head dims over 128, where the output of 32 rows is too much for one warp's registers.
+//
+// Two warps share 32 query rows. Each computes the scores of half of the keys and the output of half of the columns, so
+// that every fragment read from shared memory still feeds 32 rows; P of the other half of the keys comes from the other
+// warp through shared memory. There is room for one tile of keys and one of values: values are fetched during Q K^T,
+// the next keys during P V, and P passes through the place of the keys in between.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../arch/arch.h"
+#include "../attn/block_range.h"
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "bool_mask.cuh"
+#include "launch.h"
+#include "score_change.h"
+#include "score_dropout.cuh"
+#include "score_mask.cuh"
+#include "tile.cuh"
+
+namespace sdpa {
+
+// kHeadDim: columns computed, a multiple of 32. kChange: kNone, kDropout or kAnyMask.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+struct FlashForwardWide {
+  static constexpr int kPairs = 2, kThreads = kPairs * 64;
+  static constexpr int kRowBlocks = 2;  // 16-row blocks of a pair of warps
+  static constexpr int kQueryTile = kPairs * kRowBlocks * 16, kKeyTile = 64;
+  static constexpr int kSteps = kHeadDim / 16;      // k-steps of Q K^T
+  static constexpr int kBlocks = kHeadDim / 32;     // 16-column blocks of a warp's output: every second one
+  static constexpr int kKeyBlocks = kKeyTile / 32;  // 16-key blocks of a warp's scores
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kEarlyMaskWords = 4;  // of a row, in registers during Q K^T
+
+  static constexpr int kCols = (kHeadDim + 63) / 64 * 64;
+  using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, true>;
+  using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, true>;         // of values too
+  using ProbabilityTile = SharedTile<T, kQueryTile, kKeyTile, Arch>;  // in the place of the keys
+  using KeyOrder = std::conditional_t<kChange == ScoreChange::kAnyMask, ColumnRuns<kKeyTile>, InOrder>;
+  using Range = BlockRange<kQueryTile, kKeyTile>;
+
+  static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + KeyTile::kBytes;
+  static constexpr int kMapOffset = kValueOffset + KeyTile::kBytes;
+  static constexpr int kSharedBytes = kMapOffset + (kChange == ScoreChange::kAnyMask ? TileMap::kBytes : 0);
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
+  static_assert(kHeadDim % 32 == 0 && ProbabilityTile::kBytes <= KeyTile::kBytes);
+
+  // The key in column n * 8 + lane % 4 * 2 + i % 2 of a tile's scores.
+  static __device__ __forceinline__ int key(int lane, int n, int i) {
+    return KeyOrder::key(n * 8) + KeyOrder::key(lane % 4 * 2) + i % 2;
+  }
+};
+
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+__global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::kThreads,
+                                  FlashForwardWide<Arch, T, kHeadDim, kChange>::kBlocksPerSm)
+    flash_forward_wide_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
+                              const __grid_constant__ Dropout dropout, const float scale_log2) {
+  using Flash = FlashForwardWide<Arch, T, kHeadDim, kChange>;
+  using Product = Mma<Arch, T>;
+  constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kThreads = Flash::kThreads;
+  constexpr int kKeyBlocks = Flash::kKeyBlocks, kBlocks = Flash::kBlocks;
+  constexpr bool kHasMask = kChange == ScoreChange::kAnyMask;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  // Work of this block.
+  int tile_number, batch_head;
+  if (!order.locate(tile_number, batch_head)) return;
+  const int q0 = static_cast<int>(order.tiles - 1 - tile_number) * Flash::kQueryTile;  // causal: the longest first
+  const int heads = static_cast<int>(p.H);
+  if constexpr (kHasMask) batch_head = side_by_side(p, batch_head, heads);
+  int batch = batch_head / heads, head = batch_head % heads, key_head = head / static_cast<int>(p.group);
+  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+
+  // Shared memory: query | keys, then P | values | map of a mask. The output leaves through the query's place.
+  const uint32_t base = shared_address(shared);
+  const typename Flash::QueryTile query_tile{base};
+  const typename Flash::KeyTile key_tile{base + Flash::kKeyOffset}, value_tile{base + Flash::kValueOffset};
+  const typename Flash::ProbabilityTile probability_tile{base + Flash::kKeyOffset};
+  // The mask's variant has no registers for addresses that would stay valid over the loop.
+  const auto start_anew = [&] {
+    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head));
+  };
+  const auto fetch_keys = [&](int tile) {
+    start_anew();
+    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
+    key_tile.template fill<kThreads, typename Flash::KeyOrder>(key, tile * kKeyTile);
+  };
+  const auto fetch_values = [&](int tile) {
+    start_anew();
+    const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
+    value_tile.template fill<kThreads, typename Flash::KeyOrder>(value, tile * kKeyTile);
+  };
+  const TileMap map{reinterpret_cast<uint32_t*>(shared + Flash::kMapOffset)};
+  const auto next_tile = [&](int tile) {
+    if constexpr (kHasMask) {
+      while (range.matters(q0, tile * kKeyTile) && !map.any_key_takes_part(p, tile)) ++tile;
+    }
+    return tile;
+  };
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int side = warp % 2;                     // which half of the keys and columns
+  const int pair_block = warp / 2 * kRowBlocks;  // of 16 rows, in the query tile
+  const int pair_row = q0 + pair_block * 16;
+  const auto lane_offset = Flash::KeyTile::lane_offset();
+  const auto probability_offset = Flash::ProbabilityTile::lane_offset();
+  // This warp's blocks of columns are side, side + 2, ...: the lane's offset takes the first step.
+  const LaneOffset value_offset{lane_offset.rows_first ^ side * 2 * kChunkBytes, 0};
+
+  query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  if constexpr (kHasMask) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  const int first_tile = next_tile(0);
+  if (range.matters(q0, first_tile * kKeyTile)) fetch_keys(first_tile);
+  if (p.scale <= 0.f) {
+    wait_for_copies<Arch>();
+    __syncthreads();
+    constexpr int kRows = Flash::kQueryTile / (kThreads / 32);
+    fold_scale_sign(query_tile, warp * kRows, kRows, p.scale);
+  }
+
+  OnlineSoftmax<kRowBlocks> softmax(kHasMask && mask_scales(p.mask_kind) ? 1.f : scale_log2);
+  float output[kRowBlocks][2 * kBlocks][4] = {};
+
+  for (int tile = first_tile, next; range.matters(q0, tile * kKeyTile); tile = next) {
+    const int k0 = tile * kKeyTile;
+    next = next_tile(tile + 1);
+    // The keys have landed, and every warp is done with the values of the tile before.
+    wait_for_copies<Arch>();
+    __syncthreads();
+    fetch_values(tile);
+
+    const int query = pair_row + lane / 4, key = k0 + Flash::key(lane, side * 2 * kKeyBlocks, 0);  // the lane's first
+    FloatMask<kRowBlocks, 2 * kKeyBlocks, Flash::kEarlyMaskWords, true> mask;
+    if constexpr (kHasMask) mask.read_early(p, batch, head, query, key);
+
+    // S = Q K^T
+    float scores[kRowBlocks][2 * kKeyBlocks][4] = {};
+#pragma unroll
+    for (int k = 0; k < Flash::kSteps; ++k) {
+      uint32_t q[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, pair_block + m, k);
+#pragma unroll
+      for (int n = 0; n < kKeyBlocks; ++n) {
+        uint32_t b[4];
+        key_tile.load_b_transposed(b, lane_offset, side * kKeyBlocks + n, k);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+        }
+      }
+    }
+
+    // What must not be attended to is replaced, so that no NaN in it survives.
+    start_anew();
+    if constexpr (kHasMask) mask.apply(scores, p, batch, head, query, key, scale_log2);
+    if (range.is_partial(q0, k0)) {
+      const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = (pair_block + m) * 16 + lane / 4 + i / 2 * 8;
+            if (!limit.sees(row, Flash::key(lane, side * 2 * kKeyBlocks + n, i))) scores[m][n][i] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    // Both warps of a pair must have the same references. After this barrier every warp is done with the keys, too.
+    float highest[kRowBlocks][2];
+    if (__syncthreads_or(softmax.find_highest(highest, scores))) {
+      float* const exchange = reinterpret_cast<float*>(shared + Flash::kKeyOffset);  // a row of floats for each warp
+#pragma unroll
+      for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        if (lane % 4 == 0) exchange[warp * 32 + i * 8 + lane / 4] = highest[i / 2][i % 2];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 2 * kRowBlocks; ++i) {
+        float& x = highest[i / 2][i % 2];
+        x = fmaxf(x, exchange[(warp ^ 1) * 32 + i * 8 + lane / 4]);
+      }
+      __syncthreads();
+      softmax.raise(highest, output);
+    }
+
+    if constexpr (kHasMask) {
+      if (p.dropout_p > 0.f) {
+        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+        uint32_t kept[kRowBlocks];
+        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, pair_row / 16,
+                     key / 16);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          kept[m] >>= side * 8 * kKeyBlocks;
+#pragma unroll
+          for (int i = 0; i < 8 * kKeyBlocks; ++i) {
+            if (!(kept[m] >> i & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
+          }
+        }
+      }
+    }
+
+    // P: index 0 is this warp's half of the keys, index 1 the other's.
+    uint32_t probability[2][kKeyBlocks][kRowBlocks][4];
+#pragma unroll
+    for (int k = 0; k < kKeyBlocks; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        softmax.exponentiate(scores[m][2 * k], m);
+        softmax.exponentiate(scores[m][2 * k + 1], m);
+        if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
+          const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+          drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
+                     static_cast<uint32_t>(p.first_batch_head) + batch_head, pair_row / 16 + m,
+                     k0 / 16 + side * kKeyBlocks + k);
+        }
+        to_operand<T>(probability[0][k][m], scores[m][2 * k], scores[m][2 * k + 1]);
+        probability_tile.put_a(probability[0][k][m], pair_block + m, side * kKeyBlocks + k);
+      }
+    }
+    wait_for_copies<Arch>();
+    __syncthreads();  // P is complete, and the values have landed
+#pragma unroll
+    for (int k = 0; k < kKeyBlocks; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        probability_tile.load_a(probability[1][k][m], probability_offset, pair_block + m, (side ^ 1) * kKeyBlocks + k);
+      }
+    }
+    __syncthreads();  // P has been read
+    if (range.matters(q0, next * kKeyTile)) fetch_keys(next);
+
+    // O += P V
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < kKeyBlocks; ++k) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          uint32_t b[4];
+          value_tile.load_b(b, value_offset, (side ^ half) * kKeyBlocks + k, 2 * n);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(output[m][2 * n], probability[half][k][m], b[0], b[1]);
+            Product::add(output[m][2 * n + 1], probability[half][k][m], b[2], b[3]);
+          }
+        }
+      }
+    }
+  }
+
+  // The sums of both halves of the keys. Lanes of the two warps hold the same rows.
+  wait_for_copies<Arch>();
+  __syncthreads();
+  float* const exchange = reinterpret_cast<float*>(shared + Flash::kKeyOffset);
+#pragma unroll
+  for (int i = 0; i < 2 * kRowBlocks; ++i) exchange[i * kThreads + threadIdx.x] = softmax.sum[i / 2][i % 2];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2 * kRowBlocks; ++i) {  // in the same order in both
+    const float* const sums = exchange + i * kThreads + threadIdx.x % 32 + warp / 2 * 64;
+    softmax.sum[i / 2][i % 2] = sums[0] + sums[32];
+  }
+
+  // O and LSE.
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float logsumexp, rest;
+      float factor = softmax.finish(m, half, logsumexp, rest);
+      if constexpr (kChange != ScoreChange::kNone) factor *= dropout.rescale;  // 1 without dropout
+#pragma unroll
+      for (int n = 0; n < 2 * kBlocks; ++n) {
+        output[m][n][2 * half] *= factor;
+        output[m][n][2 * half + 1] *= factor;
+      }
+      const int row = pair_row + m * 16 + half * 8 + lane / 4;
+      const bool writes = side == 0 && lane % 4 == 0 && row < p.L;
+      const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
+      if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
+      if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
+    }
+  }
+  const HeadRows<T> target(p.output, batch, head, p.L, p.Ev);
+  query_tile.template store<kRowBlocks, InOrder, 2>(output, pair_block, target, pair_row, side);
+}
+
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+cudaError_t launch_flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
+  using Flash = FlashForwardWide<Arch, T, kHeadDim, kChange>;
+  constexpr auto kKernel = flash_forward_wide_kernel<Arch, T, kHeadDim, kChange>;
+  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
+  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
+  if (order.blocks() == 0) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  const float scale_log2 = p.scale == 0.f ? kLog2E : std::fabs(p.scale) * kLog2E;  // see fold_scale_sign
+  const Dropout dropout = Dropout::make(p.dropout_p, 0);                           // the seed is on the device
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
+                                                                                                  scale_log2);
+  return cudaGetLastError();
+}
+
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
+  if (p.mask_kind != MaskKind::kNone) {
+    return launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+  }
+  return p.dropout_p == 0.f ? launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
+                            : launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+}
+
+}  // namespace sdpa
