@@ -158,6 +158,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", g
 
 def strided(t: Tensor, how: str) -> Tensor:
     """The same numbers in another memory layout."""
+    grad = t.requires_grad
     t = t.detach()
     if how == "transposed":  # (N, L, H, E) seen as (N, H, L, E)
         t = t.transpose(-3, -2).contiguous().transpose(-3, -2)
@@ -177,7 +178,7 @@ def strided(t: Tensor, how: str) -> Tensor:
         ]
     else:
         assert how == "contiguous"
-    return t.requires_grad_(t.is_floating_point())
+    return t.requires_grad_(grad)
 
 
 def poison(device: str | torch.device, *shapes: tuple[int, ...]) -> None:

@@ -42,12 +42,15 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False)
     if backend == MATH:
         return True
     if backend == FLASH:
+        turing = capability < (8, 0)
+        most = 128 if turing else 256
         return (
-            capability >= (8, 0)
-            and dtype in (HALF, BRAIN)
-            and 1 <= E <= 128
-            and 1 <= Ev <= 128
+            capability >= (7, 5)
+            and (dtype == HALF or (dtype == BRAIN and not turing))
+            and 1 <= E <= most
+            and 1 <= Ev <= most
             and mask != DOUBLE
+            and not (grad and turing)
         )
     brain = dtype == BRAIN and capability >= (8, 0)
     wide = dtype == SINGLE and E > 256
@@ -58,7 +61,7 @@ CALLS = [
     *({"dtype": dtype} for dtype in (HALF, BRAIN, SINGLE, DOUBLE)),
     *(
         {"dtype": HALF, "E": E, "Ev": Ev}
-        for E, Ev in ((0, 8), (8, 0), (1, 1), (128, 128), (129, 8), (8, 129), (512, 9))
+        for E, Ev in ((0, 8), (8, 0), (1, 1), (128, 128), (129, 8), (8, 129), (256, 256), (257, 8), (8, 257), (512, 9))
     ),
     *({"dtype": SINGLE, "E": E, "Ev": 512} for E in (256, 257)),
     *({"dtype": dtype, "mask": m} for dtype in (HALF, SINGLE) for m in (torch.bool, HALF, BRAIN, SINGLE)),
@@ -119,7 +122,7 @@ def test_explaining_empty_and_other_ranks(shape):
 def test_explanation_data():
     found = explain(*inputs(SINGLE, E=200), capability=(7, 0))
     failed = {c.name: c for c in row(found, FLASH).constraints if not c.holds}
-    assert failed["architecture"].got == "sm70" and "sm80" in failed["architecture"].needs
+    assert failed["architecture"].got == "sm70" and "sm75" in failed["architecture"].needs
     assert failed["dtype"].got == "float32" and "float16" in failed["dtype"].needs
     assert failed["head dims"].got == "E=200, Ev=64" and "128" in failed["head dims"].needs
     assert all(c.fix for b in found.backends for c in b.constraints)
@@ -321,7 +324,7 @@ def test_bad_switches_of_the_op_are_named(switches):
 
 # Warnings and errors
 
-SM70 = "Flash attention only supports sm80 and newer gpu architectures. Attempting to run on a sm 7.0 gpu."
+SM70 = "Flash attention only supports sm75 and newer gpu architectures. Attempting to run on a sm 7.0 gpu."
 
 
 def problem_of(capability, dtype=HALF, E=64, **kwargs):
@@ -345,7 +348,7 @@ def test_the_seeds_warnings_on_sm70():
 def test_warnings_name_the_chip(capability):
     lines = sdpa._C.reasons(problem_of(capability), 1)
     sentence = f"Attempting to run on a sm {capability[0]}.{capability[1]} gpu."
-    assert any(sentence in line for line in lines) == (capability < (8, 0))
+    assert any(sentence in line for line in lines) == (capability < (7, 5))
 
 
 def test_one_warning_for_each_reason():

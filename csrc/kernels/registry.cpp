@@ -25,17 +25,24 @@ static bool is_decoding(const Problem& p) {
   return !p.grad_wanted && p.dropout_p == 0 && p.L <= KeySplit::kQueryRows;
 }
 
+// A forward whose scores a backward is to find again, bit by bit, needs that backward.
+static bool has_backward(const Variant& forward, int64_t width) {
+  return std::any_of(variants().begin(), variants().end(), [&](const Variant& v) {
+    return v.direction == Direction::kBackward && v.backend == forward.backend && v.path == forward.path &&
+           v.dtype == forward.dtype && v.head_dim >= width;
+  });
+}
+
 // Flash's kernels serve the memory-efficient backend as well, where they take the call: they too hold no more than
 // O(B H L).
 static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
   if ((v.direction == Direction::kBackward) != backward) return false;
   if (v.direction == Direction::kDecode && !is_decoding(p)) return false;
-  if (v.backend == Backend::kFlash) {
-    // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
-    if (v.head_dim < std::max(p.E, p.Ev)) return false;
-    return backend == Backend::kFlash || backend == Backend::kEfficient;
-  }
-  return v.backend == backend;
+  if (v.backend != Backend::kFlash) return v.backend == backend;
+  // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
+  const int64_t width = std::max(p.E, p.Ev);
+  return (backend == Backend::kFlash || backend == Backend::kEfficient) && v.head_dim >= width &&
+         (!p.grad_wanted || backward || has_backward(v, width));
 }
 
 // The newest path first, then tensor cores, then decoding, then the narrowest tile that holds a row, or the widest.

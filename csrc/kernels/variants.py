@@ -49,11 +49,15 @@ class Variant:
 VARIANTS = (
     [
         Variant("flash", direction, 80, dtype, head_dim)
-        for direction in ("forward", "backward")
+        for direction, head_dims in (
+            ("forward", (32, 64, 128, 256)),
+            ("backward", (32, 64, 128, 256)),
+            ("decode", (64, 128)),
+        )
         for dtype in ("float16", "bfloat16")
-        for head_dim in (32, 64, 128)
+        for head_dim in head_dims
     ]
-    + [Variant("flash", "decode", 80, dtype, head_dim) for dtype in ("float16", "bfloat16") for head_dim in (64, 128)]
+    + [Variant("flash", "forward", 75, "float16", head_dim) for head_dim in (32, 64, 128)]
     + [
         Variant("efficient", direction, path, dtype, head_dim)
         for direction in ("forward", "backward")

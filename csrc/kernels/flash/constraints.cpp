@@ -3,25 +3,43 @@
 
 namespace sdpa {
 
-constexpr int64_t kMaxHeadDim = 128;
+static bool on_gpu(const Problem& p) {
+  return p.device_type == DeviceType::kCUDA;
+}
+static bool on_turing(const Problem& p) {
+  return on_gpu(p) && p.capability < 80;
+}
+
+static bool takes_dtype(const Problem& p) {
+  return p.dtype == DType::kFloat16 || (p.dtype == DType::kBFloat16 && !on_turing(p));
+}
+static bool takes_head_dims(const Problem& p) {
+  const int64_t most = on_turing(p) ? 128 : 256;  // sm75 has 64 KB of shared memory
+  return p.E >= 1 && p.Ev >= 1 && p.E <= most && p.Ev <= most;
+}
+static bool takes_gradients(const Problem& p) {
+  return !(p.grad_wanted && on_turing(p));
+}
 
 const std::vector<Constraint>& flash_constraints() {
   static const std::vector<Constraint> list = {
-      {"device", [](const Problem& p) { return p.device_type == DeviceType::kCUDA; }, got_device, "cuda",
-       "Move query, key and value to a CUDA device."},
-      {"architecture", [](const Problem& p) { return p.device_type != DeviceType::kCUDA || p.capability >= 80; },
-       got_capability, "sm80 or newer", "Use the memory-efficient backend on this chip.",
-       [](const Problem& p) { return unsupported_chip("Flash", "sm80 and newer", p); }},
-      {"dtype", [](const Problem& p) { return p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16; }, got_dtype,
-       "float16 or bfloat16", "Cast the inputs, or run under torch.autocast."},
-      {"head dims", [](const Problem& p) { return p.E >= 1 && p.Ev >= 1 && p.E <= kMaxHeadDim && p.Ev <= kMaxHeadDim; },
-       got_head_dims, "1 to 128", "Use the memory-efficient backend, which takes any head dim."},
+      {"device", on_gpu, got_device, "cuda", "Move query, key and value to a CUDA device."},
+      {"architecture", [](const Problem& p) { return !on_gpu(p) || p.capability >= 75; }, got_capability,
+       "sm75 or newer", "Use the memory-efficient backend on this chip.",
+       [](const Problem& p) { return unsupported_chip("Flash", "sm75 and newer", p); }},
+      {"dtype", takes_dtype, got_dtype, "float16 or (on sm80 and newer) bfloat16",
+       "Cast the inputs, or run under torch.autocast."},
+      {"head dims", takes_head_dims, got_head_dims, "1 to 256, on sm75 1 to 128",
+       "Use the memory-efficient backend, which takes any head dim."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "no mask, or a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
+      {"gradients", takes_gradients,
+       [](const Problem& p) { return std::string(p.grad_wanted ? "gradients wanted" : "no gradients"); },
+       "no gradients on sm75, for which there is no backward yet", "Use the memory-efficient backend."},
       {"kernel in this build",
        [](const Problem& p) {
-         return p.device_type != DeviceType::kCUDA || p.capability < 80 || p.E > kMaxHeadDim || p.Ev > kMaxHeadDim ||
-                (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) || compiled(Backend::kFlash, p);
+         return !on_gpu(p) || p.capability < 75 || !takes_dtype(p) || !takes_head_dims(p) || !takes_gradients(p) ||
+                compiled(Backend::kFlash, p);
        },
        [](const Problem&) { return "kernels for " + compiled_chips(Backend::kFlash); }, "one for this chip and call",
        kRebuild},
