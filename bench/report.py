@@ -40,7 +40,7 @@ def environment(device: torch.device, sdpa_version: str | None) -> dict[str, obj
     facts: dict[str, object] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit or os.environ.get("SDPA_COMMIT"),  # where the code was carried without its repository
-        "dirty": None if status is None else bool(status),
+        "dirty": None if commit is None or status is None else bool(status),
         "git_error": commit_error or status_error,
         "sdpa": sdpa_version,
         "torch": torch.__version__,
