@@ -32,15 +32,17 @@ def _first_line(*command: str) -> tuple[str | None, str | None]:
 
 
 def environment(device: torch.device, sdpa_version: str | None) -> dict[str, object]:
-    commit, commit_error = _first_line("git", "rev-parse", "--short", "HEAD")
+    # SDPA_COMMIT: the code was carried to this machine without its repository.
+    carried = os.environ.get("SDPA_COMMIT")
+    commit, commit_error = (carried, None) if carried else _first_line("git", "rev-parse", "--short", "HEAD")
     # Earlier results do not make the code dirty; no locks, as others may work in the same checkout.
     status, status_error = _first_line(
         "git", "--no-optional-locks", "status", "--porcelain", "--", ".", ":!bench/results"
     )
     facts: dict[str, object] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit or os.environ.get("SDPA_COMMIT"),  # where the code was carried without its repository
-        "dirty": None if commit is None or status is None else bool(status),
+        "commit": commit,
+        "dirty": None if carried or status is None else bool(status),
         "git_error": commit_error or status_error,
         "sdpa": sdpa_version,
         "torch": torch.__version__,
