@@ -1,0 +1,125 @@
+"""Compiles every variant for every chip that can run it, and writes what came out as a table.
+
+    python csrc/kernels/compile_matrix.py --chips 7.5 8.0 8.6 8.9 --out bench/results/compile-matrix.md
+
+For each kernel: registers, bytes spilled, and how many of the instructions that matter its machine code holds (with
+nvdisasm, of the CUDA toolkit or the PyPI package nvidia-cuda-nvdisasm). Exits with 1 if anything failed or spilled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from check_ptxas import kernels
+from variants import CPP_TYPE, VARIANTS, Target, Variant
+
+HERE = Path(__file__).parent
+INSTRUCTIONS = ("HMMA.1688.F32.TF32", "HMMA.1688", "HMMA.16816", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "RED")
+
+
+def source(v: Variant) -> str:
+    params = "BackwardParams" if v.direction == "backward" else "ForwardParams"
+    call = f"{v.backend}_{v.direction}<Sm{v.path}, {CPP_TYPE[v.dtype]}, {v.head_dim}>(params, stream)"
+    return (
+        f'#include "{v.header}"\nnamespace sdpa {{\n'
+        f"cudaError_t {v.name}(const {params}& params, cudaStream_t stream) {{ return {call}; }}\n}}\n"
+    )
+
+
+def short(name: str) -> str:
+    """The kernel's own name and template arguments, without parameters and namespace."""
+    done = subprocess.run(["c++filt", name], capture_output=True, text=True)
+    text = re.sub(r"\(anonymous namespace\)::|sdpa::(efficient::)?|^void ", "", done.stdout.strip())
+    return re.sub(r"\((?!.*>).*$", "", text).replace("|", "/")
+
+
+def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
+    if nvdisasm is None:
+        return {}
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}
+    for line in text.splitlines():
+        if match := re.match(r"\s*\.section\s+\.text\.(\S+?),", line):
+            current = found.setdefault(match[1], dict.fromkeys(INSTRUCTIONS, 0))
+        elif match := re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", line):
+            name = next((i for i in INSTRUCTIONS if match[1].startswith(i)), None)
+            if name and current:
+                current[name] += 1
+    return found
+
+
+def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[list[str], bool]:
+    with tempfile.TemporaryDirectory() as folder:
+        cu, cubin = Path(folder) / f"{v.name}.cu", Path(folder) / f"{v.name}.cubin"
+        cu.write_text(source(v))
+        arch = f"{chip.capability}{chip.suffix}"
+        command = [options.nvcc, "-cubin", "-O3", "-std=c++20", "-Xptxas=-v", "--expt-relaxed-constexpr", f"-I{HERE}"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(cu), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            return [f"| {v.name} | sm{arch} | FAILED: {done.stderr.strip().splitlines()[0]} | | | |"], False
+        instructions = counts(cubin, options.nvdisasm)
+        rows, good = [], True
+        for _, registers, spilled, _, name in kernels(done.stdout + done.stderr):
+            held = ", ".join(f"{n} {i}" for i, n in instructions.get(name, {}).items() if n)
+            rows.append(f"| {v.name} | sm{arch} | {short(name)} | {registers} | {spilled} | {held} |")
+            good = good and spilled == 0
+        return rows, good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["7.5", "8.0", "8.6", "8.9"])
+    parser.add_argument("--only", default="", help="variants whose name matches this regular expression")
+    parser.add_argument("--nvcc", default=shutil.which("nvcc") or "nvcc")
+    parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    work = []
+    for chip in map(Target.parse, options.chips):
+        for v in VARIANTS:
+            newest = (
+                max(
+                    o.path
+                    for o in VARIANTS
+                    if (o.backend, o.direction) == (v.backend, v.direction) and o.path <= chip.capability
+                )
+                if v.path <= chip.capability
+                else None
+            )
+            if v.path == newest and re.search(options.only, v.name):
+                work.append((v, chip))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda item: compiled(*item, options), work))
+    version = subprocess.run([options.nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"V([\d.]+)", version)
+    nvcc = release[1] if release else "?"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    bad = sum(not good for _, good in results)
+    lines = [
+        "# Every variant for every chip",
+        "",
+        f"Written by csrc/kernels/compile_matrix.py at commit {commit.strip()} with nvcc {nvcc} for"
+        f" {', '.join(options.chips)}: {len(results)} translation units, {bad} of them with a spill or an error.",
+        "Shared memory is checked by static_assert against each path's limit.",
+        "",
+        "| variant | chip | kernel | registers | bytes spilled | instructions |",
+        "|---|---|---|---|---|---|",
+        *(row for rows, _ in results for row in rows),
+    ]
+    options.out.write_text("\n".join(lines) + "\n")
+    print(f"{options.out}: {len(results)} translation units, {bad} with a spill or an error")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
