@@ -4,11 +4,17 @@
 
 For each kernel: registers, bytes spilled, and how many of the instructions that matter its machine code holds (with
 nvdisasm, of the CUDA toolkit or the PyPI package nvidia-cuda-nvdisasm). Exits with 1 if anything failed or spilled.
+
+nvcc 13 knows no sm70. Its kernels are compiled by NVRTC 12, which --chips 7.0 wants in a folder:
+
+    pip install --no-deps --target FOLDER nvidia-cuda-{nvrtc,runtime,cccl}-cu12==12.9.*
+    python csrc/kernels/compile_matrix.py --chips 7.0 --nvrtc FOLDER --out volta.md
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import shutil
 import subprocess
@@ -56,7 +62,71 @@ def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
     return found
 
 
+# NVRTC compiles no host code, so kernels are named one by one. It has neither the C++ library's headers nor the
+# runtime's, only types of the latter.
+VOLTA_KERNELS = {
+    ("efficient", "forward"): ["efficient::forward_kernel<Sm70, {T}, {D}>"],
+    ("efficient", "backward"): [
+        "efficient::delta_kernel<{T}>",
+        "efficient::grad_key_value_kernel<Sm70, {T}, {D}, efficient::KeyGradients::kKey>",
+        "efficient::grad_key_value_kernel<Sm70, {T}, {D}, efficient::KeyGradients::kValue>",
+        "efficient::grad_query_kernel<Sm70, {T}, {D}>",
+    ],
+}
+STAND_INS = {
+    "cuda_runtime.h": "template <class F> __device__ cudaError_t cudaFuncSetAttribute(F, int, int);",
+    "cuda_runtime_api.h": "",
+    "algorithm": """#include <cuda/std/initializer_list>
+namespace std {
+template <class T> constexpr T max(const T& a, const T& b) { return a < b ? b : a; }
+template <class T> constexpr T min(const T& a, const T& b) { return b < a ? b : a; }
+template <class T> constexpr T clamp(const T& x, const T& a, const T& b) { return x < a ? a : b < x ? b : x; }
+template <class T> constexpr T max(cuda::std::initializer_list<T> all) {
+  T best = *all.begin();
+  for (const T& x : all) best = max(best, x);
+  return best;
+}
+}""",
+} | {
+    name: f"#include <cuda/std/{name}>\nnamespace std {{ using namespace cuda::std; }}\n"
+    "using cuda::std::int64_t; using cuda::std::uint64_t;"
+    for name in ("atomic", "cfloat", "climits", "cmath", "cstddef", "cstdint", "limits", "type_traits", "utility")
+}
+
+
+def compiled_by_nvrtc(v: Variant, folder: Path | None) -> tuple[list[str], bool]:
+    if folder is None:
+        raise SystemExit("--chips 7.0 needs --nvrtc FOLDER; see --help")
+    nvrtc = ctypes.CDLL(str(next(folder.glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.12"))))
+    names = [k.format(T=CPP_TYPE[v.dtype], D=v.head_dim) for k in VOLTA_KERNELS[v.backend, v.direction]]
+    text = f'#include "{v.header}"\nnamespace sdpa {{\n'
+    text += "".join(f"__device__ auto* kernel_{i} = &{name};\n" for i, name in enumerate(names)) + "}\n"
+    with tempfile.TemporaryDirectory() as stand_ins:
+        for name, content in STAND_INS.items():
+            (Path(stand_ins) / name).write_text(f"#pragma once\n{content}\n")
+        includes = [stand_ins, HERE, folder / "nvidia/cuda_runtime/include", folder / "nvidia/cuda_cccl/include"]
+        flags = ["--gpu-architecture=sm_70", "-std=c++20", "-default-device", "--ptxas-options=-v"]
+        flags += [f"-I{path}" for path in includes]
+        program = ctypes.c_void_p()
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"volta.cu", 0, None, None)
+        failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*map(str.encode, flags)))
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    said = log.value.decode()
+    if failed:
+        error = next((line for line in said.splitlines() if "error" in line), said)
+        return [f"| {v.name} | sm70 | FAILED: {error} | | | |"], False
+    found = kernels(said)
+    rows = [f"| {v.name} | sm70 | {short(name)} | {used} | {spilled} | |" for _, used, spilled, _, name in found]
+    return rows, len(found) == len(names) and not any(spilled for _, _, spilled, _, _ in found)
+
+
 def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[list[str], bool]:
+    if chip.capability == 70:
+        return compiled_by_nvrtc(v, options.nvrtc)
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / f"{v.name}.cu", Path(folder) / f"{v.name}.cubin"
         cu.write_text(source(v))
@@ -81,6 +151,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="variants whose name matches this regular expression")
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "nvcc")
     parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
+    parser.add_argument("--nvrtc", type=Path, help="folder with NVRTC 12, for sm70")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -108,8 +179,8 @@ def main() -> int:
     lines = [
         "# Every variant for every chip",
         "",
-        f"Written by csrc/kernels/compile_matrix.py at commit {commit.strip()} with nvcc {nvcc} for"
-        f" {', '.join(options.chips)}: {len(results)} translation units, {bad} of them with a spill or an error.",
+        f"Written by csrc/kernels/compile_matrix.py at commit {commit.strip()} with nvcc {nvcc} (sm70: NVRTC 12) for "
+        f"{', '.join(options.chips)}: {len(results)} translation units, {bad} of them with a spill or an error.",
         "Shared memory is checked by static_assert against each path's limit.",
         "",
         "| variant | chip | kernel | registers | bytes spilled | instructions |",

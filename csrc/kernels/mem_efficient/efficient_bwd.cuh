@@ -8,6 +8,8 @@
 // buys that no two blocks add to the same number. Gradients wider than kHeadDim are covered by further blocks.
 #pragma once
 
+#include <algorithm>
+
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_bwd_tf32.cuh"
@@ -108,7 +110,7 @@ __device__ __forceinline__ void prepare_result(float* tile, const Matrix<const T
 
 template <class Tile, class T>
 __device__ __forceinline__ void store_gradient(const Matrix<T>& gradient, const Tile& t, const Results<Tile>& result,
-                                               int first_row, int first_col, float factor) {
+                                               int first_row, int first_col, float factor, bool adds = false) {
 #pragma unroll
   for (int i = 0; i < Tile::kRowsOwned; ++i) {
 #pragma unroll
@@ -116,13 +118,24 @@ __device__ __forceinline__ void store_gradient(const Matrix<T>& gradient, const 
       float x[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) x[c] = result[i][4 * g + c] * factor;
+      if (adds) {
+        const int row = first_row + t.row(i), col = first_col + t.result_column(4 * g);
+        const float4 sum = row < gradient.rows ? gradient.quad_at(row, col) : float4{};
+        x[0] += sum.x;
+        x[1] += sum.y;
+        x[2] += sum.z;
+        x[3] += sum.w;
+      }
       gradient.store(first_row + t.row(i), first_col + t.result_column(4 * g), x);
     }
   }
 }
 
+// Which of the two a launch makes: both, unless registers are too few for two results.
+enum class KeyGradients { kBoth, kKey, kValue };
+
 // dK and dV. The tile's rows are keys, its columns queries.
-template <class Arch, class T, int kHeadDim>
+template <class Arch, class T, int kHeadDim, KeyGradients kWhich>
 __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
     grad_key_value_kernel(const __grid_constant__ BackwardParams p) {
   using Shape = BackwardTile<Arch, kHeadDim>;
@@ -154,8 +167,8 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
   const auto value = Matrix<const T>::of(p.value, b, key_head, p.S, p.Ev);
   const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
   const float rescale = p.dropout_p > 0.f ? dropout.rescale : 1.f;
-  const bool wants_key = p.grad_key.data != nullptr && first_col < p.E;
-  const bool wants_value = p.grad_value.data != nullptr && first_col < p.Ev;
+  const bool wants_key = kWhich != KeyGradients::kValue && p.grad_key.data != nullptr && first_col < p.E;
+  const bool wants_value = kWhich != KeyGradients::kKey && p.grad_value.data != nullptr && first_col < p.Ev;
 
   Results<Tile> grad_key = {}, grad_value = {};
   bool has_rows = false;
@@ -325,18 +338,18 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
   const Mask mask = Mask::of(p, b, h);
   const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
 
-  // As in the forward, a float32 sum over many keys would lose bits if all were added one after the other. What is
-  // rounded to 16 bits in the end does not show it.
+  // As in the forward, a float32 sum over many keys would lose bits if all were added one after the other. So what
+  // some keys give is added to the gradient in memory, which is this block's alone. What is rounded to 16 bits in the
+  // end does not show it.
   constexpr bool kFolds = sizeof(T) == 4;
   constexpr int kKeysTogether = 256;
-  Results<Tile> grad_query = {}, partial = {};
+  Results<Tile> grad_query = {};
+  bool is_first = true;
   const auto fold = [&] {
-#pragma unroll
-    for (int i = 0; i < kRowsOwned; ++i) {
-#pragma unroll
-      for (int c = 0; c < Tile::kResultsOwned; ++c) grad_query[i][c] += partial[i][c];
-    }
-    clear(partial);
+    const auto gradient = Matrix<T>::of(p.grad_query, b, h, p.L, p.E);
+    store_gradient(gradient, t, grad_query, first_query, first_col, p.scale, /*adds=*/kFolds && !is_first);
+    clear(grad_query);
+    is_first = false;
   };
   for (int n = fresh_thread_index(); n < Tile::kRows; n += Tile::kThreads) {
     statistics.store(place_of(n), QueryStatistics::of(p, head_index, first_query + n, true));
@@ -399,14 +412,25 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
     if (p.grad_query.data != nullptr) {
       store_scores(score_tile, t, score);
       prepare_result<Tile>(key_rows, key, first_key, first_col);
-      multiply_result(partial, t, score_tile, key_rows, key_end - first_key, key.cols - first_col);
+      multiply_result(grad_query, t, score_tile, key_rows, key_end - first_key, key.cols - first_col);
       if (kFolds && (first_key + Tile::kColumns) % kKeysTogether == 0) fold();
     }
   }
-  if (p.grad_query.data != nullptr) {
-    fold();
-    store_gradient(Matrix<T>::of(p.grad_query, b, h, p.L, p.E), t, grad_query, first_query, first_col, p.scale);
-  }
+  if (p.grad_query.data != nullptr) fold();
+}
+
+template <class Arch, class T, int kHeadDim, KeyGradients kWhich>
+cudaError_t launch_key_gradients(const BackwardParams& p, int64_t width, cudaStream_t stream) {
+  using Tile = BackwardTile<Arch, kHeadDim>;
+  constexpr auto kKernel = &grad_key_value_kernel<Arch, T, kHeadDim, kWhich>;
+  const int64_t heads = p.B * (p.H / p.group);
+  if (heads * p.S * width == 0) return cudaSuccess;
+  const cudaError_t error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.S, Tile::kRows)),
+                  static_cast<unsigned>(ceil_div(width, kHeadDim)));
+  kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
 }
 
 template <class Arch, class T, int kHeadDim>
@@ -424,16 +448,15 @@ cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
     delta_kernel<T><<<static_cast<unsigned>(blocks), kDeltaThreads, 0, stream>>>(p);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
-  if (const int64_t heads = p.B * (p.H / p.group); heads * p.S > 0 && (wants_key || wants_value)) {
-    constexpr auto kKernel = &grad_key_value_kernel<Arch, T, kHeadDim>;
-    error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
+  if constexpr (kHasFewRegisters<Arch>) {
+    error = launch_key_gradients<Arch, T, kHeadDim, KeyGradients::kKey>(p, wants_key ? p.E : 0, stream);
     if (error != cudaSuccess) return error;
-    const unsigned key_blocks = wants_key ? width_blocks(p.E) : 0, value_blocks = wants_value ? width_blocks(p.Ev) : 0;
-    const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.S, Tile::kRows)),
-                    key_blocks > value_blocks ? key_blocks : value_blocks);
-    kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
-    if (error = cudaGetLastError(); error != cudaSuccess) return error;
+    error = launch_key_gradients<Arch, T, kHeadDim, KeyGradients::kValue>(p, wants_value ? p.Ev : 0, stream);
+  } else {
+    const int64_t width = std::max(wants_key ? p.E : 0, wants_value ? p.Ev : 0);
+    error = launch_key_gradients<Arch, T, kHeadDim, KeyGradients::kBoth>(p, width, stream);
   }
+  if (error != cudaSuccess) return error;
   if (const int64_t heads = p.B * p.H; heads * p.L > 0 && (wants_query || wants_mask)) {
     constexpr auto kKernel = &grad_query_kernel<Arch, T, kHeadDim>;
     error = allow_shared_memory<kKernel, Tile::kSharedBytes>();

@@ -18,7 +18,9 @@ namespace sdpa {
 namespace efficient {
 
 template <class Arch, int kHeadDim>
-constexpr int kForwardColumns = kHeadDim == 32 || !kHasRoom<Arch> ? 32 : 64;
+constexpr int kForwardColumns = kHasFewRegisters<Arch>              ? kHeadDim / 2
+                                : kHeadDim == 32 || !kHasRoom<Arch> ? 32
+                                                                    : 64;
 
 template <class Arch, int kHeadDim>
 struct ForwardTile : Tile<kHeadDim, kForwardColumns<Arch, kHeadDim>> {

@@ -154,6 +154,10 @@ __host__ __device__ constexpr int at_place(int n) {
 template <class Arch>
 constexpr bool kHasRoom = Arch::kSharedBytes >= 96 * 1024;
 
+// Volta has no uniform registers: what all threads of a warp compute alike takes registers of each.
+template <class Arch>
+constexpr bool kHasFewRegisters = Arch::kId == 70;
+
 // How a block shares a tile of scores (kRows x kColumns) and the kRows x kHeadDim results made from it. A warp owns
 // whole rows; a thread owns 8 rows, 8 or 4 columns of scores, and 8 columns of a result, all in groups of four.
 template <int kHeadDim, int kScoreColumns>
