@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #if defined(SDPA_WITH_CUDA)
@@ -138,6 +139,22 @@ Tensor unexpanded(Tensor t) {
     if (t.stride(d) == 0 && t.size(d) > 1) t = t.narrow(d, 0, 1);
   }
   return t;
+}
+// The mask as the chunks take it. On the CPU a bool mask that heads share becomes one that is added, once for all
+// heads: to apply a bool mask is not vectorised. Not where a score may be infinite or NaN, which -inf would not
+// replace.
+Tensor chunked_mask(const Call& call) {
+  if (!call.attn_mask.defined()) return Tensor();
+  const Tensor mask = unexpanded(call.attn_mask);
+  const auto type = accumulation_type(call.query);
+  const bool worth_it = mask.scalar_type() == at::kBool && mask.is_cpu() && mask.size(1) < call.query.size(1) &&
+                        mask.numel() * static_cast<int64_t>(c10::elementSize(type)) <= scratch_limit.load() / 4;
+  if (!worth_it) return mask;
+  const auto largest = [](const Tensor& t) { return t.numel() == 0 ? 0 : t.abs().amax().item<double>(); };
+  const double bound = largest(call.query) * largest(call.key) * static_cast<double>(call.query.size(3));
+  constexpr double kFarFromInfinity = 1e30;
+  if (!(bound * std::max(1.0, std::abs(call.scale)) < kFarFromInfinity)) return mask;
+  return at::zeros(mask.sizes(), mask.options().dtype(type)).masked_fill_(mask.logical_not(), kNegInf);
 }
 Tensor mask_chunk(const Tensor& mask, const Chunk& c, int64_t group) {
   const auto cut = [&](Tensor t, int64_t dim, int64_t start, int64_t size) {
@@ -274,7 +291,7 @@ int64_t math_scratch_bytes(const Problem& p) {
 void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Shape shape(call);
   const auto type = product_type(call.query);
-  const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
+  const Tensor mask = chunked_mask(call);
   const bool in_place = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   Tensor key, value;
@@ -321,7 +338,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
   const Shape shape(call);
   const auto type = product_type(call.query);
   const auto sum_type = accumulation_type(call.query);
-  const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
+  const Tensor mask = chunked_mask(call);
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
   const bool in_place = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
