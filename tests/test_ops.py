@@ -459,6 +459,18 @@ def test_gradcheck(device, name):
     torch.autograd.gradgradcheck(f, tensors, check_fwd_over_rev=True, fast_mode=True)
 
 
+@pytest.mark.parametrize("leads", [((3,), (3,), (2, 3)), ((2, 1), (2, 1), (2, 3)), ((1, 1), (2, 3), (2, 3))], ids=str)
+def test_differentiable_backward_drops_the_same(device, leads):
+    sizes = (5, 8), (7, 8), (7, 4)
+    tensors = [make(*lead, *size, dtype=DOUBLE, device=device) for lead, size in zip(leads, sizes, strict=True)]
+    torch.manual_seed(3)
+    output = attention(*tensors, dropout_p=0.5)
+    first = torch.autograd.grad(output.square().sum(), tensors, retain_graph=True)
+    again = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_double_backward_in_half(device):
     tensors = inputs(device, HALF)
     grads = torch.autograd.grad(attention(*tensors).square().sum(), tensors, create_graph=True)

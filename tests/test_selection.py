@@ -104,6 +104,16 @@ def test_deterministic_switch_is_a_constraint(mask_shape, dtype, deterministic):
         assert row(explain(*tensors, mask, capability=(9, 0)), EFFICIENT).usable
 
 
+def test_lengths_beyond_32_bits():
+    query = torch.empty(1, 1, 1, 8, dtype=HALF).expand(1, 1, 2**31, 8)
+    key = torch.empty(1, 1, 4, 8, dtype=HALF)
+    found = explain(query, key, key, capability=(9, 0))
+    assert found.chosen == MATH
+    for backend in (FLASH, EFFICIENT):
+        (failed,) = (c for c in row(found, backend).constraints if not c.holds)
+        assert failed.name == "lengths" and failed.got == f"L={2**31}, S=4, B*H=1"
+
+
 def test_cpu_calls_go_to_math():
     found = explain(*inputs())
     assert found.chosen == MATH

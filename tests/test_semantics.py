@@ -157,6 +157,21 @@ def test_mask_with_rank_5_that_does_not_fold(device, backend):
     check(backend, *(make(*shape, dtype=HALF, device=device) for shape in shapes))
 
 
+def test_rank_6_around_a_dim_of_one(device, backend):
+    """Dims 0 and 2 do not fold, though each folds with the dim of one between them."""
+    query = make(4, 3, 1, 2, 5, 8, dtype=HALF, device=device, grad=False).permute(1, 2, 0, 3, 4, 5).requires_grad_()
+    key, value = (make(3, 1, 4, 2, 7, 8, dtype=HALF, device=device) for _ in range(2))
+    check(backend, query, key, value)
+    mask = make(3, 1, 1, 1, 5, 7, device=device)
+    check(backend, query.detach().contiguous(), key, value, mask)
+
+
+def test_deterministic_gradient_of_a_mask_that_calls_share(device, backend, deterministic):
+    """The leading dims do not fold because of the mask, and what each call gives its gradient is added up."""
+    tensors = [make(2, 3, 4, n, 64, dtype=HALF, device=device) for n in (40, 50, 50)]
+    check(backend, *tensors, make(3, 1, 40, 50, device=device))
+
+
 @pytest.mark.parametrize("kind", ["bool", HALF, BRAIN, SINGLE], ids=str)
 @pytest.mark.parametrize("rows", [[1], [0, 4], [0, 1, 2, 3, 4]], ids=str)
 @dtypes

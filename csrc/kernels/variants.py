@@ -37,7 +37,7 @@ class Variant:
 
     @property
     def sums_grad_query(self) -> bool:
-        """Whether blocks of all key tiles add to dQ in float32 scratch."""
+        """Whether blocks of all key tiles add to dQ in float32 scratch (flash: unless it has to be in order)."""
         on_tensor_cores = self.backend == "flash" or (self.path >= 80 and self.dtype == "float32")
         return self.direction == "backward" and on_tensor_cores
 

@@ -1,5 +1,6 @@
 // Attention in differentiable ATen operations: for double backward and forward-mode AD.
 #include <ATen/ATen.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
 
 #include "math/math.h"
@@ -17,6 +18,14 @@ struct Weights {
 
 Tensor repeat_heads(const Tensor& t, int64_t heads) {
   return t.size(-3) == heads ? t : t.repeat_interleave(heads / t.size(-3), -3);
+}
+
+// The query over all leading dims of the output: the dropout's numbers are counted along them.
+Tensor over_all(const Tensor& query, const Tensor& key, const Tensor& value) {
+  const auto lead = [](const Tensor& t) { return t.sizes().slice(0, t.dim() - 2); };
+  auto sizes = at::infer_size(at::infer_size(lead(query), lead(key)), lead(value));
+  sizes.insert(sizes.end(), {query.size(-2), query.size(-1)});
+  return query.expand(sizes);
 }
 
 Weights weights_of(const Tensor& query, const Tensor& key, const Tensor& attn_mask, double dropout_p, bool is_causal,
@@ -62,7 +71,7 @@ std::tuple<Tensor, Tensor> differentiable_forward(const Tensor& query, const Ten
     k = repeat_heads(k, query.size(-3));
     v = repeat_heads(v, query.size(-3));
   }
-  const Weights w = weights_of(query.to(type), k, attn_mask, dropout_p, is_causal, scale, seed);
+  const Weights w = weights_of(over_all(query.to(type), k, v), k, attn_mask, dropout_p, is_causal, scale, seed);
   return {at::matmul(w.dropped(), v).to(query.scalar_type()), w.lse};
 }
 
@@ -72,12 +81,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> differentiable_backward(const Tensor&
                                                                    bool is_causal, double scale, bool enable_gqa,
                                                                    const Tensor& seed) {
   const auto type = at::toOpMathType(query.scalar_type());
-  const Tensor q = query.to(type), grad = grad_output.to(type);
+  const Tensor grad = grad_output.to(type);
   Tensor k = key.to(type), v = value.to(type);
   if (enable_gqa) {
     k = repeat_heads(k, query.size(-3));
     v = repeat_heads(v, query.size(-3));
   }
+  const Tensor q = over_all(query.to(type), k, v);
   const Weights w = weights_of(q, k, attn_mask, dropout_p, is_causal, scale, seed);
   Tensor grad_probs = at::matmul(grad, v.transpose(-2, -1));
   if (w.keep.defined()) grad_probs = grad_probs * w.keep;

@@ -88,7 +88,9 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   params.delta = delta.data_ptr<float>();
   const Variant& variant = variant_of(backend, true, problem);
   Tensor accum, turns;
-  if (variant.sums_grad_query && grads.query.defined()) {
+  // In order, flash's kernels need no sums in memory; the others take turns at them.
+  const bool in_order = problem.deterministic && variant.backend == Backend::kFlash;
+  if (variant.sums_grad_query && grads.query.defined() && !in_order) {
     accum = at::zeros({problem.B, problem.H, problem.L, problem.E}, options);
     params.grad_query_accum = accum.data_ptr<float>();
     if (problem.deterministic) {
@@ -214,7 +216,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   } else {
     const auto step = [&](const FourDims& t, int64_t first_batch_head) {
       const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
-      const Problem problem = describe(call, {true, wanted[3]});
+      // What the forward was asked, so that its backend is found again: its LSE is not another's.
+      const bool mask_grad = wanted[3] || (args.attn_mask.defined() && args.attn_mask.requires_grad());
+      const Problem problem = describe(call, {true, mask_grad});
       const Backend backend = choose(problem, backends);
       const Gradients gradients{t[8], t[9], t[10], t[11]};
       const Tensor rows = without_column(t[6]);

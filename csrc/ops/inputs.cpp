@@ -157,16 +157,23 @@ void for_each_4d(const FourDims& tensors, int64_t first_batch_head,
     }
     return body(views, first_batch_head);
   }
-  const auto foldable = [&](const Tensor& t, int64_t d) {  // dims d and d + 1
-    return t.size(d) == 1 || t.size(d + 1) == 1 || t.stride(d) == t.stride(d + 1) * t.size(d + 1);
+  // Dims 0 to rank - 4 are one, for a tensor, if each of more than one element follows on the next such.
+  const auto folds = [&](const Tensor& t) {
+    int64_t before = -1;
+    for (int64_t d = 0; d <= rank - 4; ++d) {
+      if (t.size(d) == 1) continue;
+      if (before >= 0 && t.stride(before) != t.stride(d) * t.size(d)) return false;
+      before = d;
+    }
+    return true;
   };
-  bool folds = true;
-  for (const Tensor& t : tensors) {
-    for (int64_t d = 0; t.defined() && d + 4 < rank; ++d) folds = folds && foldable(t, d);
-  }
-  if (folds) {
+  if (std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) { return !t.defined() || folds(t); })) {
     for (Tensor& t : views) {
-      if (t.defined()) t = t.flatten(0, rank - 4);
+      if (!t.defined()) continue;
+      std::vector<int64_t> sizes = {1};
+      for (int64_t d = 0; d <= rank - 4; ++d) sizes[0] *= t.size(d);
+      sizes.insert(sizes.end(), t.sizes().end() - 3, t.sizes().end());
+      t = t.view(sizes);  // never a copy, which results would be written to
     }
     return body(views, first_batch_head);
   }

@@ -1,6 +1,7 @@
 // Small texts that the backends' constraint lists share.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "registry.h"
@@ -20,6 +21,14 @@ inline std::string got_capability(const Problem& p) {
 inline std::string got_head_dims(const Problem& p) {
   return "E=" + std::to_string(p.E) + ", Ev=" + std::to_string(p.Ev);
 }
+inline std::string got_lengths(const Problem& p) {
+  return "L=" + std::to_string(p.L) + ", S=" + std::to_string(p.S) + ", B*H=" + std::to_string(p.B * p.H);
+}
+inline bool takes_lengths(const Problem& p) {
+  return std::max({p.L, p.S, p.B * p.H}) <= kMaxPosition;
+}
+constexpr const char* kNeedsLengths = "L, S and B*H up to 2147482623";
+static_assert(kMaxPosition == 2147482623);
 inline std::string got_mask(const Problem& p) {
   return name(p.mask_kind);
 }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "params.h"
+
 namespace sdpa {
 
 // The predicate of one tile, in coordinates of the tile. It is only asked for in tiles that need it.
@@ -12,10 +14,6 @@ struct TileLimit {
   int diagonal;  // causal: key column c is seen by query row r if c <= r + diagonal; else so large that it always is
   __device__ __forceinline__ bool sees(int row, int col) const { return col < keys && col <= row + diagonal; }
 };
-
-// Positions are 32 bits wide: 64-bit arithmetic on them would take registers from the loops that ask. Launchers
-// check.
-constexpr int64_t kMaxPosition = INT32_MAX - 1024;
 
 template <int kQueryTile, int kKeyTile>
 struct BlockRange {

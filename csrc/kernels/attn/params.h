@@ -9,6 +9,10 @@ namespace sdpa {
 
 enum class DType : int { kFloat16, kBFloat16, kFloat32, kFloat64, kBool, kOther };
 
+// The most queries, keys, and batches times heads. Positions are 32 bits wide: 64-bit arithmetic on them would take
+// registers from the loops that ask.
+constexpr int64_t kMaxPosition = INT32_MAX - 1024;
+
 // A tensor seen as (batch, heads, rows, columns). Strides are in elements and may be anything, 0 included.
 struct Operand {
   void* data = nullptr;

@@ -227,7 +227,8 @@ cudaError_t launch(const SoftmaxRows& p, cudaStream_t stream) {
 
 cudaError_t softmax_rows(const SoftmaxRows& p, cudaStream_t stream) {
   if (p.batches * p.heads * p.rows * p.S == 0) return cudaSuccess;
-  if (p.pitch % SoftmaxRows::kPitchStep != 0 || p.pitch < p.S || p.S > INT32_MAX - RowGroup<256>::kColumns) {
+  if (p.pitch % SoftmaxRows::kPitchStep != 0 || p.pitch < p.S || p.S > INT32_MAX - RowGroup<256>::kColumns ||
+      p.L > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
   return p.grad_probs != nullptr ? launch<true>(p, stream) : launch<false>(p, stream);

@@ -31,6 +31,7 @@ const std::vector<Constraint>& flash_constraints() {
        "Cast the inputs, or run under torch.autocast."},
       {"head dims", takes_head_dims, got_head_dims, "1 to 256, on sm75 1 to 128",
        "Use the memory-efficient backend, which takes any head dim."},
+      {"lengths", takes_lengths, got_lengths, kNeedsLengths, "Split the call along its batch or its queries."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "no mask, or a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
       {"gradients", takes_gradients,

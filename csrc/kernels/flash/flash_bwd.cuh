@@ -104,6 +104,10 @@ cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
     if (const auto error = launch_mask_gradient<Arch, T, kHeadDim>(p, stream); error != cudaSuccess) return error;
     main.grad_mask = nullptr;
   }
+  if (main.grad_query.data == nullptr && main.grad_key.data == nullptr && main.grad_value.data == nullptr &&
+      main.grad_mask == nullptr) {
+    return cudaSuccess;
+  }
 
   const auto run = [&] {
     if (main.grad_mask != nullptr) return main_backward<Arch, T, kHeadDim, ScoreEdit::kMaskGradient>(main, stream);

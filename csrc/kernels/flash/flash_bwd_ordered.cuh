@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     for (int r = row; r < (height == 1 ? Tile::kQueries : row + 1); ++r) {
       for (int c = col; c < (width == 1 ? kKeys : col + 1); ++c) sum += rows[r * kPitch + c];
     }
-    to[row * stride[2] + col * stride[3]] = sum;
+    to[row * stride[2] + col * stride[3]] += sum;  // this block's alone, in this launch
   }
 }
 
@@ -357,7 +357,7 @@ cudaError_t launch_query_gradient(const BackwardParams& p, cudaStream_t stream) 
   return cudaGetLastError();
 }
 
-// The gradient of the mask, complete, if sums are to be made.
+// Adds to the gradient of the mask all that this call gives, if sums are to be made.
 template <class Arch, class T, int kHeadDim>
 cudaError_t launch_mask_gradient(const BackwardParams& p, cudaStream_t stream) {
   using Tile = MaskOrderedTile<Arch, T, kHeadDim>;

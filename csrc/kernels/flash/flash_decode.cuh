@@ -15,6 +15,7 @@
 #include "../attn/softmax.h"
 #include "../attn/split.h"
 #include "launch.h"
+#include "score_mask.cuh"
 #include "tile.cuh"
 
 namespace sdpa {
@@ -38,14 +39,16 @@ struct FlashDecode {
   static_assert(kSharedBytes <= Arch::kSharedBytes);
 };
 
-// What is added to a score, in powers of two; -inf where the key takes no part. The lowest finite value stays finite.
+// What is added to a score, in powers of two; -inf where the key takes no part, and else not below what the other
+// kernels go down to.
 template <class M>
 __device__ __forceinline__ float decode_bias(const void* mask, int64_t offset) {
   if constexpr (std::is_same_v<M, bool>) {
     return static_cast<const uint8_t*>(mask)[offset] != 0 ? 0.f : -INFINITY;
   } else {
     const float x = static_cast<float>(static_cast<const M*>(mask)[offset]);
-    return x == -INFINITY ? x : fmaxf(x * kLog2E, -FLT_MAX);
+    const float bias = x * kLog2E;
+    return x != -INFINITY && bias < kLowestBias ? kLowestBias : bias;  // NaN stays NaN
   }
 }
 __device__ __forceinline__ float decode_bias(const ForwardParams& p, int64_t offset) {

@@ -1,5 +1,5 @@
 // The mask tensor, read in place: which keys a lane holds so that it can read its entries with wide loads, what they do
-// to the scores, and their gradient. Only the kernels' second variant (kHasMask) knows of it.
+// to the scores, and their gradient. Only kernels for calls with a mask know of it.
 #pragma once
 
 #include <cuda_bf16.h>

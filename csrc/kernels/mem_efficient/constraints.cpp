@@ -38,6 +38,7 @@ const std::vector<Constraint>& efficient_constraints() {
          return p.E >= 1 && p.Ev >= 1 && (p.dtype != DType::kFloat32 || p.E <= kMaxFloat32HeadDim);
        },
        got_head_dims, "1 or more, in float32 E up to 256", "Use the math backend."},
+      {"lengths", takes_lengths, got_lengths, kNeedsLengths, "Split the call along its batch or its queries."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
       {"determinism",

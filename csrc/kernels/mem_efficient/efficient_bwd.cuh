@@ -1,4 +1,5 @@
-// Memory-efficient attention, backward: float32 arithmetic, any head dims, any chip from sm_70 up; bitwise repeatable.
+// Memory-efficient attention, backward: float32 arithmetic, any head dims, any chip from sm_70 up; bitwise
+// repeatable but for the gradient of a mask that broadcasts.
 //
 // With f the dropout factor of a score (0 or rescale) and delta = rowsum(dO * O):
 //   P = exp(score - LSE)   dP = dO V^T   dS = P * (f * dP - delta)

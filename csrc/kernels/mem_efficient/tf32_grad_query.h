@@ -42,8 +42,8 @@ struct GradQuerySums {
   }
 };
 
-// The blocks of a head's key tiles take turns at a tile of queries. Blocks start in the order of their key tiles, so
-// the one that is waited for is under way.
+// The blocks of a head's key tiles take turns at a tile of queries. Every chip starts blocks in the order of their
+// numbers (CUDA does not promise it), which is that of the key tiles, so the one that is waited for is under way.
 struct Turn {
   int* turn;  // null: any order will do
 
