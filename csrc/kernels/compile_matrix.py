@@ -76,6 +76,7 @@ VOLTA_KERNELS = {
 STAND_INS = {
     "cuda_runtime.h": "template <class F> __device__ cudaError_t cudaFuncSetAttribute(F, int, int);",
     "cuda_runtime_api.h": "",
+    "cfloat": "#define FLT_MAX 3.402823466e+38f",
     "algorithm": """#include <cuda/std/initializer_list>
 namespace std {
 template <class T> constexpr T max(const T& a, const T& b) { return a < b ? b : a; }
@@ -90,7 +91,7 @@ template <class T> constexpr T max(cuda::std::initializer_list<T> all) {
 } | {
     name: f"#include <cuda/std/{name}>\nnamespace std {{ using namespace cuda::std; }}\n"
     "using cuda::std::int64_t; using cuda::std::uint64_t;"
-    for name in ("atomic", "cfloat", "climits", "cmath", "cstddef", "cstdint", "limits", "type_traits", "utility")
+    for name in ("atomic", "climits", "cmath", "cstddef", "cstdint", "limits", "type_traits", "utility")
 }
 
 

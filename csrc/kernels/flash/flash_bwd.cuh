@@ -15,13 +15,13 @@
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
 #include "../attn/dropout.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "flash_bwd_narrow.cuh"
 #include "flash_bwd_ordered.cuh"
 #include "flash_bwd_rows.cuh"
 #include "flash_bwd_wide.cuh"
-#include "launch.h"
 
 namespace sdpa {
 

@@ -10,10 +10,10 @@
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
-#include "launch.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
 #include "tile.cuh"

@@ -11,10 +11,10 @@
 #include <cmath>
 
 #include "../arch/arch.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "../attn/split.h"
-#include "launch.h"
 #include "score_mask.cuh"
 #include "tile.cuh"
 

@@ -12,11 +12,11 @@
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
 #include "flash_fwd_wide.cuh"
-#include "launch.h"
 #include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
@@ -344,29 +344,19 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
 }
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
-cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
-  constexpr auto kKernel = flash_forward_kernel<Arch, T, kHeadDim, kChange>;
-  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
-  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
-  if (order.blocks() == 0) return cudaSuccess;
-  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  const float scale_log2 = p.scale == 0.f ? kLog2E : std::fabs(p.scale) * kLog2E;  // see fold_scale_sign
-  const Dropout dropout = Dropout::make(p.dropout_p, 0);                           // the seed is on the device
-  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
-                                                                                                  scale_log2);
-  return cudaGetLastError();
+cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
+  return launch_flash_forward<FlashForward<Arch, T, kHeadDim, kChange>,
+                              flash_forward_kernel<Arch, T, kHeadDim, kChange>, T>(p, stream);
 }
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
   if (p.mask_kind == MaskKind::kNone) {
-    return p.dropout_p == 0.f ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
-                              : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+    return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
+                              : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   }
-  return p.mask_kind == MaskKind::kBool ? launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kBoolMask>(p, stream)
-                                        : launch_flash_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
+  return p.mask_kind == MaskKind::kBool ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kBoolMask>(p, stream)
+                                        : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
 }
 
 // Head dims E and Ev from 1 to kHeadDim.

@@ -13,10 +13,10 @@
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
-#include "launch.h"
 #include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
@@ -296,10 +296,9 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
   query_tile.template store<kRowBlocks, InOrder, 2>(output, pair_block, target, pair_row, side);
 }
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
-cudaError_t launch_flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
-  using Flash = FlashForwardWide<Arch, T, kHeadDim, kChange>;
-  constexpr auto kKernel = flash_forward_wide_kernel<Arch, T, kHeadDim, kChange>;
+// Flash is FlashForward or FlashForwardWide, kKernel its kernel.
+template <class Flash, auto kKernel, class T>
+cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
   const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
   const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
@@ -312,13 +311,19 @@ cudaError_t launch_flash_forward_wide(const ForwardParams& p, cudaStream_t strea
   return cudaGetLastError();
 }
 
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+cudaError_t launch_wide_forward(const ForwardParams& p, cudaStream_t stream) {
+  return launch_flash_forward<FlashForwardWide<Arch, T, kHeadDim, kChange>,
+                              flash_forward_wide_kernel<Arch, T, kHeadDim, kChange>, T>(p, stream);
+}
+
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if (p.mask_kind != MaskKind::kNone) {
-    return launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+    return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
   }
-  return p.dropout_p == 0.f ? launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
-                            : launch_flash_forward_wide<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  return p.dropout_p == 0.f ? launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
+                            : launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
 }
 
 }  // namespace sdpa

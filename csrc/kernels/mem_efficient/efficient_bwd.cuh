@@ -426,7 +426,7 @@ cudaError_t launch_key_gradients(const BackwardParams& p, int64_t width, cudaStr
   constexpr auto kKernel = &grad_key_value_kernel<Arch, T, kHeadDim, kWhich>;
   const int64_t heads = p.B * (p.H / p.group);
   if (heads * p.S * width == 0) return cudaSuccess;
-  const cudaError_t error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
+  const cudaError_t error = allow_shared_bytes<kKernel>(Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.S, Tile::kRows)),
                   static_cast<unsigned>(ceil_div(width, kHeadDim)));
@@ -460,7 +460,7 @@ cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (const int64_t heads = p.B * p.H; heads * p.L > 0 && (wants_query || wants_mask)) {
     constexpr auto kKernel = &grad_query_kernel<Arch, T, kHeadDim>;
-    error = allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    error = allow_shared_bytes<kKernel>(Tile::kSharedBytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(heads * ceil_div(p.L, Tile::kRows)), wants_query ? width_blocks(p.E) : 1);
     kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);

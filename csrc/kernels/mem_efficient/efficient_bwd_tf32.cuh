@@ -395,14 +395,14 @@ cudaError_t launch_tf32_backward(const BackwardParams& p, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
 
   if (const BlockOrder rows{ceil_div(p.L, 64), p.B * p.H, 1}; rows.blocks() > 0) {
-    if (error = allow_shared_memory<kDelta, kDeltaBytes>(); error != cudaSuccess) return error;
+    if (error = allow_shared_bytes<kDelta>(kDeltaBytes); error != cudaSuccess) return error;
     kDelta<<<dim3(rows.grid_x(), rows.grid_y()), 128, kDeltaBytes, stream>>>(p, rows);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   const int64_t bytes_per_key_head = p.group * p.L * (2 * p.E + p.Ev) * sizeof(float);
   const auto order = BlockOrder::make(ceil_div(p.S, Shape::kKeys), p.B * (p.H / p.group), bytes_per_key_head);
   if (order.blocks() > 0) {
-    if (error = allow_shared_memory<kMain, Shape::kSharedBytes>(); error != cudaSuccess) return error;
+    if (error = allow_shared_bytes<kMain>(Shape::kSharedBytes); error != cudaSuccess) return error;
     const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(std::max(p.E, p.Ev), kHeadDim)));
     kMain<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, order);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;

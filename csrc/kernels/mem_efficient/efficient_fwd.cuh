@@ -161,7 +161,7 @@ cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
     constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
     if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
     if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
-    const cudaError_t error = efficient::allow_shared_memory<kKernel, Tile::kSharedBytes>();
+    const cudaError_t error = allow_shared_bytes<kKernel>(Tile::kSharedBytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(p.B * p.H * efficient::ceil_div(p.L, Tile::kRows)),
                     static_cast<unsigned>(efficient::ceil_div(p.Ev, kHeadDim)));

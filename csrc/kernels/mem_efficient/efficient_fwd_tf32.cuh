@@ -215,7 +215,7 @@ cudaError_t launch_tf32_forward(const ForwardParams& p, cudaStream_t stream) {
   const auto order =
       BlockOrder::make(ceil_div(p.L, Shape::kRows), p.B * p.H, p.S * (p.E + p.Ev) * sizeof(float) / p.group);
   if (order.blocks() == 0 || p.Ev == 0) return cudaSuccess;
-  if (const cudaError_t error = allow_shared_memory<kKernel, Shape::kSharedBytes>(); error != cudaSuccess) return error;
+  if (const cudaError_t error = allow_shared_bytes<kKernel>(Shape::kSharedBytes); error != cudaSuccess) return error;
   const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(p.Ev, kHeadDim)));
   kKernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, order);
   return cudaGetLastError();

@@ -3,17 +3,12 @@
 
 #include <cmath>
 
+#include "../attn/softmax.h"
 #include "tile.h"
 
 namespace sdpa::efficient {
 
 // 2^x to about two units in the last place; exp2f spends four instructions on it to be right for denormal results.
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 template <class Tile>
 struct RowSoftmax {
   float maximum[Tile::kRowsOwned];  // of the row so far
@@ -39,12 +34,12 @@ struct RowSoftmax {
       for (int j = 1; j < Tile::kColumnsOwned; ++j) tile_max = fmaxf(tile_max, score[i][j]);
       const float new_max = fmaxf(maximum[i], Tile::row_max(tile_max));
       const float reference = new_max == -INFINITY ? 0.f : new_max;  // -inf - -inf would be NaN
-      rescale[i] = fast_exp2((maximum[i] - reference) * kLog2E);
+      rescale[i] = exp2_approx((maximum[i] - reference) * kLog2E);
       maximum[i] = new_max;
       float tile_sum = 0.f;
 #pragma unroll
       for (int j = 0; j < Tile::kColumnsOwned; ++j) {
-        score[i][j] = fast_exp2((score[i][j] - reference) * kLog2E);
+        score[i][j] = exp2_approx((score[i][j] - reference) * kLog2E);
         tile_sum += score[i][j];
       }
       sum[i] = fmaf(sum[i], rescale[i], tile_sum);
@@ -84,7 +79,7 @@ struct RowReference {
     return {lse, p.logsumexp_rest != nullptr ? p.logsumexp_rest[row] - product_rest(lse) : 0.f};
   }
   __device__ __forceinline__ float probability(float score) const {
-    return fast_exp2(fmaf(score - lse, kLog2E, -rest));
+    return exp2_approx(fmaf(score - lse, kLog2E, -rest));
   }
 };
 

@@ -6,17 +6,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 #include "../attn/dropout.h"
+#include "../attn/launch.h"
 #include "../attn/mask.h"
 #include "../attn/params.h"
 
 namespace sdpa::efficient {
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -425,19 +423,6 @@ __device__ __forceinline__ void for_each_keep(const Dropout& dropout, int64_t ba
       }
     }
   }
-}
-
-// Lets a kernel have more than 48 KB of shared memory: once per kernel and device.
-template <auto kKernel, int kBytes>
-cudaError_t allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};  // a bit a device
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t{1} << (device & 63);
-  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit)) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
-  return error;
 }
 
 }  // namespace sdpa::efficient
