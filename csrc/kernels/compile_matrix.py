@@ -24,19 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from check_ptxas import kernels
-from variants import CPP_TYPE, VARIANTS, Target, Variant
+from variants import CPP_TYPE, VARIANTS, Target, Variant, newest_path
 
 HERE = Path(__file__).parent
 INSTRUCTIONS = ("HMMA.1688.F32.TF32", "HMMA.1688", "HMMA.16816", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "RED")
-
-
-def source(v: Variant) -> str:
-    params = "BackwardParams" if v.direction == "backward" else "ForwardParams"
-    call = f"{v.backend}_{v.direction}<Sm{v.path}, {CPP_TYPE[v.dtype]}, {v.head_dim}>(params, stream)"
-    return (
-        f'#include "{v.header}"\nnamespace sdpa {{\n'
-        f"cudaError_t {v.name}(const {params}& params, cudaStream_t stream) {{ return {call}; }}\n}}\n"
-    )
 
 
 def short(name: str) -> str:
@@ -130,7 +121,7 @@ def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[lis
         return compiled_by_nvrtc(v, options.nvrtc)
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / f"{v.name}.cu", Path(folder) / f"{v.name}.cubin"
-        cu.write_text(source(v))
+        cu.write_text(v.source)
         arch = f"{chip.capability}{chip.suffix}"
         command = [options.nvcc, "-cubin", "-O3", "-std=c++20", "-Xptxas=-v", "--expt-relaxed-constexpr", f"-I{HERE}"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(cu), "-o", str(cubin)]
@@ -159,16 +150,7 @@ def main() -> int:
     work = []
     for chip in map(Target.parse, options.chips):
         for v in VARIANTS:
-            newest = (
-                max(
-                    o.path
-                    for o in VARIANTS
-                    if (o.backend, o.direction) == (v.backend, v.direction) and o.path <= chip.capability
-                )
-                if v.path <= chip.capability
-                else None
-            )
-            if v.path == newest and re.search(options.only, v.name):
+            if v.path == newest_path(v, chip) and re.search(options.only, v.name):
                 work.append((v, chip))
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda item: compiled(*item, options), work))

@@ -42,6 +42,23 @@ class Variant:
         return self.direction == "backward" and on_tensor_cores
 
     @property
+    def signature(self) -> str:
+        params = "BackwardParams" if self.direction == "backward" else "ForwardParams"
+        return f"cudaError_t {self.name}(const {params}& params, cudaStream_t stream)"
+
+    @property
+    def source(self) -> str:
+        """The translation unit that compiles it."""
+        launcher = f"{self.backend}_{self.direction}<Sm{self.path}, {CPP_TYPE[self.dtype]}, {self.head_dim}>"
+        return (
+            f"// Written by csrc/kernels/variants.py.\n"
+            f'#include "{self.header}"\n\n'
+            f"namespace sdpa {{\n{self.signature} {{\n"
+            f"  return {launcher}(params, stream);\n"
+            f"}}\n}}  // namespace sdpa\n"
+        )
+
+    @property
     def header(self) -> str:
         return HEADER[self.backend, self.direction]
 
@@ -100,13 +117,18 @@ class Target:
 
 def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list[Target]:
     """The chips for which this code path is compiled: those whose newest path it is, or all that can run it."""
-    paths = {v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)}
     chosen = []
     for target in targets:
-        usable = [p for p in paths if p <= target.capability]
-        if usable and (variant.path == max(usable) or (all_paths and variant.path in usable)):
+        newest = newest_path(variant, target)
+        if newest == variant.path or (all_paths and variant.path <= target.capability):
             chosen.append(machine_code_for(variant.path, target))
     return merged(chosen)
+
+
+def newest_path(variant: Variant, target: Target) -> int | None:
+    """The newest code path for a chip among the variants of the same backend and direction."""
+    same = [v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)]
+    return max((path for path in same if path <= target.capability), default=None)
 
 
 def merged(targets: list[Target]) -> list[Target]:
@@ -148,22 +170,13 @@ def main() -> None:
     declarations, rows, cmake = [], [], ["set(SDPA_KERNEL_LIBRARIES)"]
     groups: dict[tuple[str, ...], list[str]] = {}
     for v in VARIANTS:
-        params = "BackwardParams" if v.direction == "backward" else "ForwardParams"
         compiled = targets_of(v, targets, args.all_paths)
         launch = "nullptr"
         if compiled:
             launch = v.name
-            signature = f"cudaError_t {v.name}(const {params}& params, cudaStream_t stream)"
-            declarations.append(f"{signature};")
+            declarations.append(f"{v.signature};")
             source = args.out / f"{v.name}.cu"
-            write_if_changed(
-                source,
-                f"// Written by csrc/kernels/variants.py.\n"
-                f'#include "{v.header}"\n\n'
-                f"namespace sdpa {{\n{signature} {{\n"
-                f"  return {v.backend}_{v.direction}<Sm{v.path}, {CPP_TYPE[v.dtype]}, {v.head_dim}>(params, stream);\n"
-                f"}}\n}}  // namespace sdpa\n",
-            )
+            write_if_changed(source, v.source)
             flags = tuple(flag for target in compiled for flag in target.gencode)
             groups.setdefault(flags, []).append(source.as_posix())
         listed = ", ".join(f"{{{t.capability}, {cpp_bool(t.suffix == 'a')}, {cpp_bool(t.ptx)}}}" for t in compiled)
