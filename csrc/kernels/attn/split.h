@@ -28,8 +28,12 @@ struct KeySplit {
       return static_cast<double>((blocks * parts + at_once - 1) / at_once) / static_cast<double>(parts);
     };
     int64_t best = 1;
+    double best_time = time(best);
     for (int64_t parts = 2; parts <= most; ++parts) {
-      if (time(parts) < kWorthwhile * time(best)) best = parts;
+      const double now = time(parts);
+      if (now >= kWorthwhile * best_time) continue;
+      best = parts;
+      best_time = now;
     }
     return {row_tiles, best};
   }
