@@ -144,6 +144,7 @@ GROUPS_TEXT = {
         B1 H16 L16384 D128 bfloat16 backward
         B1 H16 L16384 D128 bfloat16 causal backward
         B4 H8 L4096 D256 bfloat16 backward
+        B4 H8 L4096 D256 bfloat16 causal backward
     """,
     "masks": """
         B4 H16 L4096 D128 bfloat16 mask=bool

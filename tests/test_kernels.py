@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from reference import INF, check, make, poison, strided
+from reference import INF, check, make, poison, require, strided
 
 import sdpa
 from sdpa import SDPBackend
@@ -283,18 +283,58 @@ def test_forward_is_bitwise_repeatable(use_path, which, path, dtype, is_causal):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "broadcast mask", "dropout"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 @paths
-def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtype, masked, deterministic):
+def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtype, head_dim, kind, deterministic):
     use_path(which, path, dtype)
-    tensors = [make(2, 4, 515, 64, dtype=getattr(torch, dtype), device="cuda") for _ in range(3)]
-    tensors += [make(2, 4, 515, 515, device="cuda")] if masked else []
-    results = []
-    for _ in range(5):
-        torch.manual_seed(1)
-        results.append(check(which, *tensors))
+    tensors = [make(2, heads, 515, head_dim, dtype=getattr(torch, dtype), device="cuda") for heads in (4, 2, 2)]
+    if "mask" in kind:
+        tensors += [make(*((2, 4) if kind == "mask" else (1, 1)), 515, 515, device="cuda")]
+    kwargs = {"dropout_p": 0.2 * (kind == "dropout"), "is_causal": kind == "causal", "enable_gqa": True}
+    check(which, *tensors, **kwargs)
+    results, grad = [], torch.randn_like(tensors[0])
+    with sdpa.sdpa_kernel(which):
+        for _ in range(20):
+            torch.manual_seed(1)
+            output = sdpa.scaled_dot_product_attention(*tensors, **kwargs)
+            poison("cuda", *(t.shape for t in tensors))
+            results.append((output, *torch.autograd.grad(output, tensors, grad)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float32"])
+@paths
+def test_memory_grows_with_length_not_its_square(use_path, which, path, dtype, mask):
+    use_path(which, path, dtype)
+    B, H, L, E = 2, 4, 4096, 64
+    tensors = [make(B, H, L, E, dtype=getattr(torch, dtype), device="cuda") for _ in range(3)]
+    if mask == "bool":
+        tensors.append(torch.rand(B, 1, L, L, device="cuda") > 0.2)
+    elif mask is not None:
+        tensors.append(make(1, H, 1, L, device="cuda"))
+
+    def extra(call):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    matrix = B * H * L * L * tensors[0].element_size()
+    with sdpa.sdpa_kernel(which):
+        require(which, *tensors)
+        output, forward = extra(lambda: sdpa.scaled_dot_product_attention(*tensors))
+        forward -= output.nbytes
+        wanted = [t for t in tensors if t.requires_grad]
+        grad = torch.randn_like(output)
+        grads, backward = extra(lambda: torch.autograd.grad(output, wanted, grad))
+        backward -= sum(g.nbytes for g in grads)
+    assert forward < matrix / 100, f"forward took {forward} bytes beside its output; 1 % of L x S are {matrix // 100}"
+    sums = B * H * L * E * 4  # of the query's gradient, in float32
+    assert backward < sums + matrix / 100, f"backward took {backward} bytes beside its gradients"
 
 
 @paths

@@ -620,6 +620,15 @@ def test_cuda_graph(p):
 
 
 @only_cuda
+def test_backward_op_wants_one_device():
+    query, key, value = inputs("cuda", grad=False)
+    rest = (0.0, False, None, False, ALL)
+    output, *saved = torch.ops.sdpa.attention_forward(query, key, value, None, *rest, True)
+    with pytest.raises(RuntimeError, match="on the query's device, cuda:0, got one on cpu"):
+        torch.ops.sdpa.attention_backward(output.cpu(), query, key, value, None, output, *saved, *rest, [True] * 4)
+
+
+@only_cuda
 def test_runs_on_the_current_stream():
     tensors = inputs("cuda", HALF, L=512, S=512, E=64, Ev=64, grad=False)
     expected = attention(*tensors)

@@ -193,6 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   TORCH_CHECK(seed.numel() == (dropout_p > 0 ? 1 : 0) && seed.scalar_type() == at::kLong,
               "sdpa::attention_backward: seed must be the int64 tensor that attention_forward gave, got ",
               seed.scalar_type(), " ", seed.sizes(), " with dropout_p ", dropout_p);
+  for (const Tensor& t : {grad_output, output, logsumexp, logsumexp_rest, seed}) {
+    TORCH_CHECK(t.device() == query.device(), "sdpa::attention_backward: all tensors must be on the query's device, ",
+                query.device(), ", got one on ", t.device());
+  }
   wanted[3] = wanted[3] && args.attn_mask.defined() && args.attn_mask.scalar_type() != at::kBool;
   const c10::OptionalDeviceGuard guard(query.device());
 
