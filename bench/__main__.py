@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=known.DTYPES, help="time every case in this dtype")
     parser.add_argument("--backward", action="store_true", help="time the backward of every case")
+    parser.add_argument("--tf32", action="store_true", help="allow float32 products in TF32")
     parser.add_argument("--repeats", type=int, default=50, help="samples of one measurement at most (default 50)")
     parser.add_argument(
         "--seconds", type=float, default=0.25, help="time for one measurement, at least 3 samples (default 0.25)"
@@ -98,6 +99,8 @@ def main() -> int:
             print(group + "".join(f"\n  {case}" for case in members if group != "all"))
         return 0
     version = sdpa_version() if any(one.library == "sdpa" for one in options.contenders) else None
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.seed()  # fresh inputs each run; the JSON holds the seed
     facts = report.environment(options.device, version)
     out = options.out or report.default_path(facts)

@@ -21,7 +21,8 @@ class Case:
     Ev: int
     dtype: str
     causal: bool = False
-    mask: str | None = None  # bool (B, 1, L, S), a fifth masked out; bias (1, H, L, S); padding: bool (B, 1, 1, S)
+    # bool (B, 1, L, S), a fifth masked out; bias (1, H, L, S); padding: bool (B, 1, 1, S), three quarters of keys left
+    mask: str | None = None
     dropout: float = 0.0
     layout: str = "BLHD"  # order in memory; attention always sees (B, H, L, D)
     backward: bool = False
@@ -133,26 +134,41 @@ GROUPS_TEXT = {
     """,
     "backward": """
         B32 H32 L1024 D32 float16 backward
+        B32 H32 L512 D64 bfloat16 backward
+        B32 H32 L512 D64 bfloat16 causal backward
         B16 H32 L1024 D64 bfloat16 backward
         B4 H32 L4096 D64 bfloat16 backward
         B4 H32 L4096 D64 bfloat16 causal backward
         B1 H32 L16384 D64 bfloat16 backward
         B1 H32 L16384 D64 bfloat16 causal backward
+        B32 H16 L512 D128 bfloat16 backward
+        B32 H16 L512 D128 bfloat16 causal backward
         B16 H16 L1024 D128 bfloat16 causal backward
         B4 H16 L4096 D128 bfloat16 backward
         B4 H16 L4096 D128 bfloat16 causal backward
         B1 H16 L16384 D128 bfloat16 backward
         B1 H16 L16384 D128 bfloat16 causal backward
+        B32 H8 L512 D256 bfloat16 backward
+        B32 H8 L512 D256 bfloat16 causal backward
         B4 H8 L4096 D256 bfloat16 backward
         B4 H8 L4096 D256 bfloat16 causal backward
+        B1 H8 L16384 D256 bfloat16 backward
+        B1 H8 L16384 D256 bfloat16 causal backward
     """,
     "masks": """
         B4 H16 L4096 D128 bfloat16 mask=bool
         B4 H16 L4096 D128 bfloat16 mask=padding
+        B4 H32 L4096 D64 bfloat16 mask=padding
         B8 H32 L2048 D64 bfloat16 mask=bias
-        B4 H16 L4096 D128 bfloat16 p=0.1
         B4 H16 L4096 D128 bfloat16 mask=bool backward
         B8 H32 L2048 D64 bfloat16 mask=bias backward
+    """,
+    "dropout": """
+        B32 H32 L1024 D32 float16 p=0.1
+        B4 H32 L4096 D64 bfloat16 p=0.1
+        B4 H16 L4096 D128 bfloat16 p=0.1
+        B32 H32 L1024 D32 float16 p=0.1 backward
+        B4 H32 L4096 D64 bfloat16 p=0.1 backward
         B4 H16 L4096 D128 bfloat16 p=0.1 backward
     """,
     "float32": """
@@ -164,13 +180,32 @@ GROUPS_TEXT = {
     "decode": """
         B1 H32/8 L1 S65536 D128 bfloat16
         B16 H32/8 L1 S8192 D128 bfloat16
+        B1 H32/8 L1 S65536 D128 float32
+        B16 H32/8 L1 S8192 D128 float32
     """,
     # Grouped heads and head dims that are no power of two, or unequal, or large.
     "shapes": """
+        B4 H32 L4096 D128 bfloat16 causal
         B4 H32/8 L4096 D128 bfloat16 causal
         B4 H16 L4096 D192/128 bfloat16 causal
+        B4 H16 L4096 D72 bfloat16
         B4 H16 L4096 D80 bfloat16
+        B4 H16 L4096 D96 bfloat16
+        B4 H16 L4096 D120 bfloat16
+        B4 H16 L4096 D160 bfloat16
+        B4 H16 L4096 D192 bfloat16
+        B4 H16 L4096 D72 bfloat16 causal
+        B4 H16 L4096 D80 bfloat16 causal
+        B4 H16 L4096 D96 bfloat16 causal
+        B4 H16 L4096 D120 bfloat16 causal
+        B4 H16 L4096 D160 bfloat16 causal
+        B4 H16 L4096 D192 bfloat16 causal
+        B4 H16 L4096 D80 bfloat16 backward
+        B4 H16 L4096 D96 bfloat16 backward
+        B4 H16 L4096 D160 bfloat16 backward
+        B4 H16 L4096 D192 bfloat16 backward
         B1 H1 L4096 D512 float16
+        B4 H8 L4096 D512 float16
     """,
     # Small enough for two cores.
     "cpu": """

@@ -110,7 +110,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     elif case.mask == "bias":
         mask = torch.randn(1, case.H, case.L, case.S, device=device, dtype=dtype).requires_grad_(case.backward)
     elif case.mask == "padding":
-        lengths = torch.randint(case.S // 2, case.S, (case.B, 1, 1, 1), device=device) + 1
+        # Three quarters of the keys of all batches together.
+        lengths = case.S * (0.5 + (torch.arange(case.B, device=device).view(-1, 1, 1, 1) + 0.5) / (2 * case.B))
         mask = torch.arange(case.S, device=device) < lengths
     options: dict[str, object] = {"dropout_p": case.dropout, "is_causal": case.causal}
     if case.Hkv != case.H:
