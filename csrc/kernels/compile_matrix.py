@@ -56,6 +56,7 @@ def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
 # NVRTC compiles no host code, so kernels are named one by one. It has neither the C++ library's headers nor the
 # runtime's, only types of the latter.
 VOLTA_KERNELS = {
+    ("efficient", "decode"): ["efficient::decode_kernel<Sm70, {T}, {D}>", "combine_kernel<Sm70, {T}, {D}>"],
     ("efficient", "forward"): ["efficient::forward_kernel<Sm70, {T}, {D}>"],
     ("efficient", "backward"): [
         "efficient::delta_kernel<{T}>",

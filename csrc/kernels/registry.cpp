@@ -22,7 +22,7 @@ const char* name(Direction direction) {
 }
 
 static bool is_decoding(const Problem& p) {
-  return !p.grad_wanted && p.dropout_p == 0 && p.L <= KeySplit::kQueryRows;
+  return !p.grad_wanted && p.dropout_p == 0 && p.L <= kMostDecodedQueries;
 }
 
 // A forward whose scores a backward is to find again, bit by bit, needs that backward.
@@ -37,19 +37,19 @@ static bool has_backward(const Variant& forward, int64_t width) {
 // O(B H L).
 static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
   if ((v.direction == Direction::kBackward) != backward) return false;
-  if (v.direction == Direction::kDecode && !is_decoding(p)) return false;
-  if (v.backend != Backend::kFlash) return v.backend == backend;
-  // A row is one tile wide; memory-efficient kernels walk over head dims wider than theirs.
   const int64_t width = std::max(p.E, p.Ev);
+  if (v.direction == Direction::kDecode && (!is_decoding(p) || v.head_dim < width)) return false;
+  // Else a row is one tile wide in flash's kernels; memory-efficient ones walk over head dims wider than theirs.
+  if (v.backend != Backend::kFlash) return v.backend == backend;
   return (backend == Backend::kFlash || backend == Backend::kEfficient) && v.head_dim >= width &&
          (!p.grad_wanted || backward || has_backward(v, width));
 }
 
-// The newest path first, then tensor cores, then decoding, then the narrowest tile that holds a row, or the widest.
+// The newest path first, then decoding, then tensor cores, then the narrowest tile that holds a row, or the widest.
 static bool better(const Variant& a, const Variant& b, int64_t width) {
   if (a.path != b.path) return a.path > b.path;
-  if (a.backend != b.backend) return a.backend == Backend::kFlash;
   if (a.direction != b.direction) return a.direction == Direction::kDecode;
+  if (a.backend != b.backend) return a.backend == Backend::kFlash;
   const bool a_fits = a.head_dim >= width, b_fits = b.head_dim >= width;
   if (a_fits != b_fits) return a_fits;
   return a_fits ? a.head_dim < b.head_dim : a.head_dim > b.head_dim;

@@ -19,6 +19,7 @@ HEADER = {
     ("flash", "decode"): "flash/flash_decode.cuh",
     ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
+    ("efficient", "decode"): "mem_efficient/efficient_decode.cuh",
 }
 MATH_KERNELS = ("dropout_mask", "softmax_rows")
 
@@ -86,6 +87,12 @@ VARIANTS = (
         )
         for dtype in dtypes
         for head_dim in head_dims
+    ]
+    + [
+        Variant("efficient", "decode", path, dtype, head_dim)
+        for path, dtypes in ((70, ("float32", "float16")), (75, ("float32", "float16")), (80, ("float32",)))
+        for dtype in dtypes
+        for head_dim in (64, 128, 256)
     ]
 )
 

@@ -60,7 +60,11 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   if (variant.direction == Direction::kDecode) {
     int sms = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, output.get_device()));
-    if (const int64_t size = KeySplit::of(params, sms).scratch(params); size > 0) {
+    const DecodeBlock block = variant.backend == Backend::kFlash
+                                  ? kFlashDecodeBlock
+                                  : efficient_decode_block(variant.path, variant.head_dim);
+    params.split_parts = KeySplit::parts(params, block, sms);
+    if (const int64_t size = KeySplit::scratch(params); size > 0) {
       scratch = at::empty({size}, output.options().dtype(at::kFloat));
       params.split_scratch = scratch.data_ptr<float>();
     }

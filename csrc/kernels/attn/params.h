@@ -44,7 +44,9 @@ struct ForwardParams {
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;   // device pointer to one number; read only if dropout_p > 0
   int64_t first_batch_head = 0;    // added to b * H + h in the dropout counter (see dropout.h)
-  float* split_scratch = nullptr;  // see split.h; only decode kernels ask for it
+  // See split.h; only decode kernels look at them.
+  int64_t split_parts = 1;
+  float* split_scratch = nullptr;
 };
 
 struct BackwardParams : ForwardParams {

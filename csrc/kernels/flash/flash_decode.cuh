@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "../arch/arch.h"
+#include "../attn/combine.cuh"
 #include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
@@ -20,12 +21,10 @@
 
 namespace sdpa {
 
-constexpr int kCombineThreads = 256;
-
 template <class Arch, class T, int kHeadDim>
 struct FlashDecode {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
-  static constexpr int kRows = KeySplit::kQueryRows, kKeyTile = KeySplit::kKeyTile;
+  static constexpr int kRows = kFlashDecodeBlock.rows, kKeyTile = KeySplit::kKeyTile;
   static_assert(kRows == 16 && kKeyTile == kWarps * 16);
   static constexpr int kStages = 2;
   static constexpr int kSteps = kHeadDim / 16;
@@ -68,8 +67,7 @@ __device__ __forceinline__ float decode_bias(const ForwardParams& p, int64_t off
 
 template <class Arch, class T, int kHeadDim>
 __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
-    flash_decode_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ KeySplit split,
-                        const float scale_log2) {
+    flash_decode_kernel(const __grid_constant__ ForwardParams p, const float scale_log2) {
   using Flash = FlashDecode<Arch, T, kHeadDim>;
   using Product = Mma<Arch, T>;
   constexpr int kSteps = Flash::kSteps, kKeyTile = Flash::kKeyTile, kThreads = Flash::kThreads;
@@ -78,15 +76,15 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   // Work of this block: some keys of a key head, and some of the rows that share it. Row r is query r % L of head
   // r / L of the group.
   const int L = static_cast<int>(p.L), group = static_cast<int>(p.group), key_heads = static_cast<int>(p.H) / group;
-  const int part = static_cast<int>(blockIdx.x % split.parts);
-  const int row0 = static_cast<int>(blockIdx.x / split.parts % split.row_tiles) * Flash::kRows;
-  const int batch_key_head = static_cast<int>(blockIdx.x / split.parts / split.row_tiles);
+  const int rows = L * group, row_tiles = (rows + Flash::kRows - 1) / Flash::kRows;
+  const int parts = static_cast<int>(p.split_parts), part = static_cast<int>(blockIdx.x % parts);
+  const int row0 = static_cast<int>(blockIdx.x / parts % row_tiles) * Flash::kRows;
+  const int batch_key_head = static_cast<int>(blockIdx.x / parts / row_tiles);
   const int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
-  const int rows = L * group;
   const int keys = static_cast<int>(p.is_causal ? min(p.L, p.S) : p.S);
   const int tiles = (keys + kKeyTile - 1) / kKeyTile;
-  const int first_tile = static_cast<int>(int64_t{tiles} * part / split.parts);
-  const int end_tile = static_cast<int>(int64_t{tiles} * (part + 1) / split.parts);
+  const int first_tile = static_cast<int>(int64_t{tiles} * part / parts);
+  const int end_tile = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
 
   const uint32_t base = shared_address(shared);
   const auto key_tile = [&](int stage) { return typename Flash::KeyTile{base + stage * Flash::KeyTile::kBytes}; };
@@ -230,8 +228,8 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
       total += factor[w] * totals[w * Flash::kRows + row];
     }
     const int l = (row0 + row) % L, head = key_head * group + (row0 + row) / L;
-    const int64_t part_row = ((int64_t{batch} * p.H + head) * L + l) * split.parts + part;
-    if (split.parts > 1 && lane == 0) {
+    const int64_t part_row = ((int64_t{batch} * p.H + head) * L + l) * parts + part;
+    if (parts > 1 && lane == 0) {
       float* const statistics = p.split_scratch + part_row * 2;
       statistics[0] = top;
       statistics[1] = total;
@@ -241,57 +239,12 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
       float x = 0.f;
 #pragma unroll
       for (int w = 0; w < Flash::kWarps; ++w) x += factor[w] * outputs[(w * Flash::kRows + row) * kHeadDim + col];
-      if (split.parts > 1) {
-        p.split_scratch[p.B * p.H * L * split.parts * 2 + part_row * Ev + col] = x;
+      if (parts > 1) {
+        p.split_scratch[p.B * p.H * L * parts * 2 + part_row * Ev + col] = x;
       } else {
         *target.at(l, col) = static_cast<T>(total == 0.f ? 0.f : x / total);
       }
     }
-  }
-}
-
-// A block for each query row; each of its warps sums some of the parts.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kCombineThreads)
-    flash_combine_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ KeySplit split) {
-  constexpr int kWarps = kCombineThreads / 32, kCols = kHeadDim / 32;
-  __shared__ float weights[KeySplit::kMostParts], sums[kWarps][kHeadDim];
-  const int64_t row = blockIdx.x;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int parts = static_cast<int>(split.parts), Ev = static_cast<int>(p.Ev);
-  const float2* const statistics = reinterpret_cast<const float2*>(p.split_scratch) + row * parts;
-  const float* const outputs = p.split_scratch + p.B * p.H * p.L * parts * 2 + row * parts * Ev;
-
-  float top = -FLT_MAX, total = 0.f;
-  for (int part = lane; part < parts; part += 32) top = fmaxf(top, statistics[part].x);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
-  for (int part = lane; part < parts; part += 32) {
-    const float weight = exp2_approx(statistics[part].x - top);
-    total += weight * statistics[part].y;
-    if (warp == 0) weights[part] = weight;
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-  __syncthreads();
-
-  float sum[kCols] = {};
-#pragma unroll 4
-  for (int part = warp; part < parts; part += kWarps) {
-#pragma unroll
-    for (int i = 0; i < kCols; ++i) {
-      if (lane + i * 32 < Ev) sum[i] += weights[part] * outputs[int64_t{part} * Ev + lane + i * 32];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kCols; ++i) sums[warp][lane + i * 32] = sum[i];
-  __syncthreads();
-  const HeadRows<T> target(p.output, row / p.L / p.H, row / p.L % p.H, p.L, p.Ev);
-  for (int col = threadIdx.x; col < Ev; col += kCombineThreads) {
-    float x = 0.f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) x += sums[w][col];
-    *target.at(static_cast<int>(row % p.L), col) = static_cast<T>(total == 0.f ? 0.f : x / total);
   }
 }
 
@@ -300,21 +253,14 @@ template <class Arch, class T, int kHeadDim>
 cudaError_t flash_decode(const ForwardParams& p, cudaStream_t stream) {
   using Flash = FlashDecode<Arch, T, kHeadDim>;
   constexpr auto kKernel = flash_decode_kernel<Arch, T, kHeadDim>;
-  int device = 0, sms = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const auto error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device); error != cudaSuccess) {
-    return error;
-  }
-  const KeySplit split = KeySplit::of(p, sms);
-  const int64_t blocks = p.B * p.H / p.group * split.row_tiles * split.parts, rows = p.B * p.H * p.L;
-  if (p.S > INT32_MAX - Flash::kKeyTile || blocks > INT32_MAX || rows > INT32_MAX) return cudaErrorInvalidValue;
-  if (split.scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
+  const int64_t blocks = kFlashDecodeBlock.blocks(p) * p.split_parts;
+  if (p.S > INT32_MAX - Flash::kKeyTile || blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (KeySplit::scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, split, p.scale * kLog2E);
-  if (const auto error = cudaGetLastError(); error != cudaSuccess || split.parts == 1) return error;
-  flash_combine_kernel<T, kHeadDim><<<static_cast<unsigned>(rows), kCombineThreads, 0, stream>>>(p, split);
-  return cudaGetLastError();
+  kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, p.scale * kLog2E);
+  if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
+  return combine_parts<Arch, T, kHeadDim>(p, /*log2_of_unit=*/1.f, stream);
 }
 
 }  // namespace sdpa
