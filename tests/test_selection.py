@@ -92,6 +92,29 @@ def test_constraints_and_choice(capability, call):
     assert sdpa.can_use_efficient_attention(params) == (EFFICIENT in expected)
 
 
+@pytest.mark.parametrize(
+    "capability, dtype, which, kernel",
+    [
+        ((7, 0), SINGLE, EFFICIENT, "efficient_decode_sm70_float32"),
+        ((7, 0), HALF, EFFICIENT, "efficient_decode_sm70_float16"),
+        ((7, 5), SINGLE, EFFICIENT, "efficient_decode_sm75_float32"),
+        ((7, 5), HALF, EFFICIENT, "efficient_decode_sm75_float16"),
+        ((9, 0), SINGLE, EFFICIENT, "efficient_decode_sm80_float32"),
+        ((9, 0), HALF, EFFICIENT, "flash_decode_sm80_float16"),
+        ((9, 0), BRAIN, FLASH, "flash_decode_sm80_bfloat16"),
+    ],
+)
+def test_short_queries_have_kernels_of_their_own(capability, dtype, which, kernel):
+    def kernels(*args, **kwargs):
+        with sdpa_kernel(which):
+            return row(explain(*inputs(dtype, **kwargs), *args, capability=capability), which).kernels
+
+    assert kernels() == (f"{kernel}_64",) and kernels(L=1, E=65) == (f"{kernel}_128",)
+    assert dtype != SINGLE or kernels(Ev=129) == (f"{kernel}_256",)
+    longer, dropping, wide, trained = kernels(L=17), kernels(None, 0.1), kernels(Ev=257), kernels(grad=True)
+    assert not any("decode" in name for name in (*longer, *dropping, *wide, *trained))
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("mask_shape", [None, (2, 4, 16, 24), (16, 24)], ids=str)
 def test_deterministic_switch_is_a_constraint(mask_shape, dtype, deterministic):
@@ -100,6 +123,9 @@ def test_deterministic_switch_is_a_constraint(mask_shape, dtype, deterministic):
     found = explain(*tensors, mask, capability=(9, 0))
     assert row(found, FLASH).usable == (dtype == HALF)
     assert row(found, EFFICIENT).usable == (dtype == HALF or mask_shape != (16, 24))
+    if mask is not None:  # expanded by the caller: the gradient has its shape
+        found = explain(*tensors, mask.detach().expand(2, 4, 16, 24).requires_grad_(), capability=(9, 0))
+        assert row(found, EFFICIENT).usable
     with torch.no_grad():
         assert row(explain(*tensors, mask, capability=(9, 0)), EFFICIENT).usable
 
@@ -139,7 +165,7 @@ def test_explanation_data():
     assert found.math_matrix_bytes == 2 * 4 * 16 * 24 * 4
     assert 0 < found.math_scratch_bytes <= sdpa.math_scratch_limit()
     assert not row(found, FLASH).kernels
-    assert row(found, EFFICIENT).kernels == ("efficient_forward_sm70_float32_128",)
+    assert row(found, EFFICIENT).kernels == ("efficient_decode_sm70_float32_256",)
     both = row(explain(*inputs(BRAIN, grad=True), capability=(8, 6)), FLASH).kernels
     assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
 

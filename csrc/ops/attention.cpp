@@ -60,9 +60,8 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   if (variant.direction == Direction::kDecode) {
     int sms = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, output.get_device()));
-    const DecodeBlock block = variant.backend == Backend::kFlash
-                                  ? kFlashDecodeBlock
-                                  : efficient_decode_block(variant.path, variant.head_dim);
+    const DecodeBlock block =
+        variant.backend == Backend::kFlash ? kFlashDecodeBlock : efficient_decode_block(variant.path, variant.head_dim);
     params.split_parts = KeySplit::parts(params, block, sms);
     if (const int64_t size = KeySplit::scratch(params); size > 0) {
       scratch = at::empty({size}, output.options().dtype(at::kFloat));
@@ -154,7 +153,7 @@ Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& 
   const Tensor lse_rest = grad_wanted ? logsumexp_rest : Tensor();
   const auto step = [&](const FourDims& t, int64_t first_batch_head) {
     const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
-    const Problem problem = describe(call, {grad_wanted, mask_grad_wanted});
+    const Problem problem = describe(call, {grad_wanted, mask_grad_wanted, in.mask_broadcasts});
     const Backend backend = choose(problem, backends);
     const Tensor rows = without_column(t[5]);
     const Tensor rows_rest = without_column(t[6]);
@@ -226,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
       const Call call = call_of(in, args, seed, t[0], t[1], t[2], t[3], first_batch_head);
       // What the forward was asked, so that its backend is found again: its LSE is not another's.
       const bool mask_grad = wanted[3] || (args.attn_mask.defined() && args.attn_mask.requires_grad());
-      const Problem problem = describe(call, {true, mask_grad});
+      const Problem problem = describe(call, {true, mask_grad, in.mask_broadcasts});
       const Backend backend = choose(problem, backends);
       const Gradients gradients{t[8], t[9], t[10], t[11]};
       const Tensor rows = without_column(t[6]);

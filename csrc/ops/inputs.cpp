@@ -143,6 +143,7 @@ Inputs check(const Arguments& a) {
     TORCH_CHECK(fits, "scaled_dot_product_attention: attn_mask of shape ", a.attn_mask.sizes(),
                 " does not broadcast to (N, ..., L, S) = ", at::IntArrayRef(full));
     in.attn_mask = a.attn_mask.expand(full);
+    in.mask_broadcasts = a.attn_mask.numel() < in.attn_mask.numel();
   }
   return in;
 }
@@ -260,6 +261,7 @@ Problem describe(const Call& call, Wants wants) {
   p.dropout_p = call.dropout_p;
   p.grad_wanted = wants.any_grad;
   p.mask_grad_wanted = wants.mask_grad;
+  p.mask_broadcasts = wants.mask_broadcasts;
   p.deterministic = at::globalContext().deterministicAlgorithms();
   p.device_type = q.is_cuda() ? DeviceType::kCUDA : q.is_cpu() ? DeviceType::kCPU : DeviceType::kOther;
   if (q.is_cuda()) {

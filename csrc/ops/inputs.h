@@ -26,6 +26,7 @@ struct Inputs {
   double scale = 1;
   // Expanded over the leading dims (key and value keep their own number of heads).
   at::Tensor query, key, value, attn_mask;
+  bool mask_broadcasts = false;
 
   std::vector<int64_t> shape(std::initializer_list<int64_t> tail) const;
   bool empty() const;  // no output element
@@ -49,7 +50,7 @@ at::Tensor empty_in_layout_of(const at::Tensor& query, const std::vector<int64_t
 
 // The selector's view of 4-dim tensors.
 struct Wants {
-  bool any_grad = false, mask_grad = false;
+  bool any_grad = false, mask_grad = false, mask_broadcasts = false;
 };
 Problem describe(const Call& call, Wants wants);
 

@@ -31,7 +31,7 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, 
     call.attn_mask = t[3];
     call.is_causal = is_causal;
     call.dropout_p = dropout_p;
-    problem = describe(call, {grad_wanted, grad_wanted && mask.defined() && mask.requires_grad()});
+    problem = describe(call, {grad_wanted, grad_wanted && mask.defined() && mask.requires_grad(), in.mask_broadcasts});
   });
   // All leading dims, also where the op walks over the outer ones because their strides do not fold.
   if (in.lead.size() > 2) {

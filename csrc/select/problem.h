@@ -24,6 +24,7 @@ struct Problem {
   double dropout_p = 0;
   bool grad_wanted = false;       // of anything
   bool mask_grad_wanted = false;  // of the mask
+  bool mask_broadcasts = false;   // its gradient has fewer elements than there are scores
   bool deterministic = false;     // torch.use_deterministic_algorithms
   DeviceType device_type = DeviceType::kCPU;
   int capability = 0;         // 10 * major + minor: whose code path is taken

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int i = 0; i < kCols; ++i) sums[warp][lane + i * 32] = sum[i];
   __syncthreads();
   const Operand& o = p.output;
-  T* const target = static_cast<T*>(o.data) + row / p.L / p.H * o.stride[0] + row / p.L % p.H * o.stride[1] +
-                    row % p.L * o.stride[2];
+  T* const target =
+      static_cast<T*>(o.data) + row / p.L / p.H * o.stride[0] + row / p.L % p.H * o.stride[1] + row % p.L * o.stride[2];
   for (int col = threadIdx.x; col < Ev; col += kCombineThreads) {
     float x = 0.f;
 #pragma unroll

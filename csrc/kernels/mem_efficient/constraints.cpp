@@ -3,14 +3,6 @@
 
 namespace sdpa {
 
-static bool broadcasts(const Problem& p) {
-  const int64_t size[4] = {p.B, p.H, p.L, p.S};
-  for (int d = 0; d < 4; ++d) {
-    if (size[d] > 1 && p.mask_stride[d] == 0) return true;
-  }
-  return false;
-}
-
 static bool runs_flash_kernel(const Problem& p) {
   const Variant* variant = find_variant(Backend::kEfficient, /*backward=*/true, p);
   return variant != nullptr && variant->backend == Backend::kFlash;
@@ -43,7 +35,7 @@ const std::vector<Constraint>& efficient_constraints() {
        "a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
       {"determinism",
        [](const Problem& p) {
-         return !(p.deterministic && p.mask_grad_wanted && broadcasts(p)) || runs_flash_kernel(p);
+         return !(p.deterministic && p.mask_grad_wanted && p.mask_broadcasts) || runs_flash_kernel(p);
        },
        got_determinism,
        "a mask of the full (B, H, L, S) shape, or torch.use_deterministic_algorithms(False): the gradient of a "
