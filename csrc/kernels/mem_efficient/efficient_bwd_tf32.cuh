@@ -204,19 +204,19 @@ __global__ void __launch_bounds__(Tf32Backward<Arch, kHeadDim>::kThreads, 2)
   const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(key_head)); };
   const auto fetch_keys = [&](int e) {
     const auto key = Matrix<const float>::of(p.key, batch, key_head, p.S, p.E);
-    key_tile.template fill<kThreads>(key, first_key, e);
+    key_tile.template fill<kThreads, (kHeadDim < 128)>(key, first_key, e);
   };
   const auto fetch_values = [&](int e) {
     const auto value = Matrix<const float>::of(p.value, batch, key_head, p.S, p.Ev);
-    value_tile.template fill<kThreads>(value, first_key, e);
+    value_tile.template fill<kThreads, (kHeadDim < 128)>(value, first_key, e);
   };
   const auto fetch_queries = [&](int stage, int head, int first_query, int e) {
     const auto query = Matrix<const float>::of(p.query, batch, head, p.L, p.E);
-    query_tile(stage).template fill<kThreads>(query, first_query, e);
+    query_tile(stage).template fill<kThreads, (kHeadDim < 128)>(query, first_query, e);
   };
   const auto fetch_grads = [&](int head, int first_query, int e) {
     const auto grad = Matrix<const float>::of(p.grad_output, batch, head, p.L, p.Ev);
-    grad_tile.template fill<kThreads>(grad, first_query, e);
+    grad_tile.template fill<kThreads, (kHeadDim < 128)>(grad, first_query, e);
   };
   const auto land = [] {
     cp_async_wait_all();

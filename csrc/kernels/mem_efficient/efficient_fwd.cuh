@@ -135,12 +135,12 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
     const int row = first_query + t.row(i);
     const float sum = Tile::row_sum(softmax.sum[i]);
     const bool is_empty = softmax.maximum[i] == -INFINITY && sum == 0.f;
-    const float factor = is_empty ? 0.f : (p.dropout_p > 0.f ? dropout.rescale : 1.f) / sum;
+    const float factor = (p.dropout_p > 0.f ? dropout.rescale : 1.f) / sum;
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       float x[4];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = result[i][4 * g + c] * factor;
+      for (int c = 0; c < 4; ++c) x[c] = is_empty ? 0.f : result[i][4 * g + c] * factor;
       output.store(row, first_col + t.result_column(4 * g), x);
     }
     if (p.logsumexp != nullptr && blockIdx.y == 0 && t.x == 0 && row < p.L) {

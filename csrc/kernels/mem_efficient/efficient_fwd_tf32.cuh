@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
   if (!order.locate(tile_index, head_index)) return;
   const int first_query = (static_cast<int>(order.tiles) - 1 - tile_index) * Shape::kRows;
   const int heads = static_cast<int>(p.H), group = static_cast<int>(p.group);
-  int batch = head_index / heads, head = head_index % heads;
+  int batch = head_index / heads, head = head_index % heads, key_head = head / group;
   const int first_col = blockIdx.z * kHeadDim;
   const int warp_row = static_cast<int>(threadIdx.x / 32) * Shape::kWarpRows;
 
@@ -126,16 +126,16 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
   const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
 
   // Addresses start anew from the parameters wherever they are used: the products need their registers.
-  const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
+  const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head)); };
   const auto fetch_queries = [&](int first_e) {
     query_tile.template fill<kThreads>(Matrix<const float>::of(p.query, batch, head, p.L, p.E), first_query, first_e);
   };
   const auto fetch_keys = [&](int stage, int first_key, int first_e) {
-    const auto key = Matrix<const float>::of(p.key, batch, head / group, p.S, p.E);
+    const auto key = Matrix<const float>::of(p.key, batch, key_head, p.S, p.E);
     key_tile(stage).template fill<kThreads>(key, first_key, first_e);
   };
   const auto fetch_values = [&](int stage, int first_key) {
-    const auto value = Matrix<const float>::of(p.value, batch, head / group, p.S, p.Ev);
+    const auto value = Matrix<const float>::of(p.value, batch, key_head, p.S, p.Ev);
     value_tile(stage).template fill<kThreads>(value, first_key, first_col);
   };
 
@@ -203,7 +203,10 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
     if (p.logsumexp != nullptr && blockIdx.z == 0 && threadIdx.x % 4 == 0 && row < p.L) {
       store_statistics(p, int64_t{head_index} * p.L + row, softmax.maximum[i], sum, is_empty);
     }
-    return is_empty ? 0.f : kept / sum;
+    if (!is_empty) return kept / sum;
+#pragma unroll
+    for (float& x : result[i]) x = 0.f;  // a NaN in V stays out of empty rows
+    return 0.f;
   });
 }
 

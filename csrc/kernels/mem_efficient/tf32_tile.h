@@ -66,17 +66,23 @@ struct FloatTile {
   uint32_t base;
 
   // Starts to copy rows from first_row and columns from first_col; zero where the matrix has nothing. Complete after
-  // cp_async_wait_all and a barrier.
-  template <int kThreads>
+  // cp_async_wait_all and a barrier. kHasRegisters: for a path for whole tiles, which needs no predicates.
+  template <int kThreads, bool kHasRegisters = true>
   __device__ __forceinline__ void fill(const Matrix<const float>& m, int first_row, int first_col) const {
     constexpr int kQuads = kCols / 4, kStep = kThreads / kQuads;
     static_assert(kRows % kStep == 0);
     const int thread = fresh_thread_index(), row = thread / kQuads, col = thread % kQuads * 4;
     const int rows_left = m.rows - first_row, present = min(max(m.cols - first_col - col, 0), 4);
     const float* from = m.at(first_row + row, first_col + col);
-    uint32_t to = base + row * kRowBytes + col * 4;
-    if (m.quads) {
+    const uint32_t to = base + row * kRowBytes + col * 4;
+    if (kHasRegisters && m.quads && first_row + kRows <= m.rows && first_col + kCols <= m.cols) {
 #pragma unroll
+      for (int n = 0; n < kRows; n += kStep) {
+        cp_async<16>(to + n * kRowBytes, from, 16);
+        from += kStep * m.row_stride;
+      }
+    } else if (m.quads) {
+#pragma unroll 4
       for (int n = 0; n < kRows; n += kStep) {
         cp_async<16>(to + n * kRowBytes, from, row + n < rows_left ? present * 4 : 0);
         from += kStep * m.row_stride;
@@ -130,16 +136,17 @@ struct FloatTile {
   }
 };
 
-// Columns of an operand whose products are summed up before they join the others. Part of what a score is: forward
-// and backward must come to the same bits.
-constexpr int kColumnsTogether = 64;
+// Columns of an operand whose products are summed up before they join the others, by the width of the tile. Part of
+// what a score is: forward and backward must come to the same bits.
+template <class Tile>
+constexpr int kColumnsTogether = Tile::kCols == 32 ? 8 : 32;
 
 // score += rows of a, from a_row, times all rows of b, over the first `depth` columns. kIsTransposed: of b times a.
 template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
 __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_tile, int a_row, const B& b_tile,
                                                 int depth) {
   static_assert(Warp::kTiles % 2 == 0 && B::kRows == Warp::kColumns && A::kCols == B::kCols);
-  constexpr int kTogether = A::kCols < kColumnsTogether ? A::kCols : kColumnsTogether;
+  constexpr int kTogether = kColumnsTogether<A>;
 #pragma unroll 1
   for (int first = 0; first < min(A::kCols, depth); first += kTogether) {
     Tf32Sum sum[Warp::kRowBlocks][Warp::kTiles];
