@@ -42,8 +42,8 @@ struct ForwardParams {
   bool is_causal = false;   // top-left aligned: query i sees keys j <= i, also when L != S
   bool allow_tf32 = false;  // float32 products may be computed in TF32
   float dropout_p = 0.f;
-  const int64_t* seed = nullptr;   // device pointer to one number; read only if dropout_p > 0
-  int64_t first_batch_head = 0;    // added to b * H + h in the dropout counter (see dropout.h)
+  const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
+  int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
   // See split.h; only decode kernels look at them.
   int64_t split_parts = 1;
   float* split_scratch = nullptr;

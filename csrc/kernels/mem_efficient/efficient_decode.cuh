@@ -37,8 +37,8 @@ struct Decode {
   static constexpr int kTilesTogether = 8;                // summed up in registers
 };
 
-// Four elements, or one, if n < end, else zero; past L1, since nobody reads them again soon. The predicate is made where
-// it is used: those of a whole tile would take registers.
+// Four elements, or one, if n < end, else zero; past L1, since nobody reads them again soon. The predicate is made
+// where it is used: those of a whole tile would take registers.
 __device__ __forceinline__ void load_once(Quad<float>& to, const float* from, int n, int end) {
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %5, %6; mov.f32 %0, 0f00000000; mov.f32 %1, %0; mov.f32 %2, %0; mov.f32 %3, %0;\n"
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
   const int64_t split_tiles = ceil_div(keys, KeySplit::kKeyTile);
   constexpr int kTilesPerSplit = KeySplit::kKeyTile / kKeys;
   const int first_tile = static_cast<int>(split_tiles * part / parts) * kTilesPerSplit;
-  const int end_tile = min(static_cast<int>(split_tiles * (part + 1) / parts) * kTilesPerSplit,
-                           static_cast<int>(ceil_div(keys, kKeys)));
+  const int end_tile =
+      min(static_cast<int>(split_tiles * (part + 1) / parts) * kTilesPerSplit, static_cast<int>(ceil_div(keys, kKeys)));
 
   const auto key = Matrix<const T>::of(p.key, batch, key_head, keys, p.E);
   const auto value = Matrix<const T>::of(p.value, batch, key_head, keys, p.Ev);
@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
     if (tile >= end_tile) return;
     load_quads<Shape::kValuesAtOnce, 128>(v, value, tile * kKeys + value_row, 4 * value_quad);
   };
+  wait_for_predecessor();
   fetch_keys(first_tile + warp);
   fetch_values(first_tile + warp);
 
@@ -207,7 +208,8 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
   __syncthreads();
 
   float result[kRows][Shape::kValueQuads][4] = {};
-  // Of this lane's row; the sums are over this lane's keys. The reference is finite, so that exp(-inf - reference) is 0.
+  // Of this lane's row; the sums are over this lane's keys. The reference is finite, so that exp(-inf - reference) is
+  // 0.
   float reference = -FLT_MAX, sum = 0.f, total = 0.f;
   int tiles_done = 0;
 #pragma unroll 1
@@ -303,7 +305,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
 
     if (++tiles_done % Shape::kTilesTogether == 0 || tile + kWarps >= end_tile) {
       each_result([&](float4& x, int r, int c) {
-        float(&own)[4] = result[r][c];
+        float (&own)[4] = result[r][c];
         x = {x.x + own[0], x.y + own[1], x.z + own[2], x.w + own[3]};
         own[0] = own[1] = own[2] = own[3] = 0.f;
       });
@@ -313,6 +315,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
   }
 
   // The warps' sums.
+  let_successor_start();
 #pragma unroll
   for (int lanes = Shape::kLanesPerKey; lanes < 32; lanes *= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
   if (lane < kRows) {
@@ -368,8 +371,9 @@ cudaError_t efficient_decode(const ForwardParams& p, cudaStream_t stream) {
   if (p.E > kHeadDim || p.Ev > kHeadDim || p.S > kMaxPosition || blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (KeySplit::scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
-  efficient::decode_kernel<Arch, T, kHeadDim><<<static_cast<unsigned>(blocks), Shape::kThreads, 0, stream>>>(p);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  const cudaError_t error = launch_early<efficient::decode_kernel<Arch, T, kHeadDim>>(
+      dim3(static_cast<unsigned>(blocks)), Shape::kThreads, 0, stream, p);
+  if (error != cudaSuccess) return error;
   return combine_parts<Arch, T, kHeadDim>(p, kLog2E, stream);
 }
 
