@@ -24,6 +24,14 @@ __device__ __forceinline__ void cp_async(uint32_t destination, const void* sourc
   }
 }
 
+// The copies since the last call are one group; wait until at most kLeft groups are still under way.
+__device__ __forceinline__ void cp_async_end_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kLeft>
+__device__ __forceinline__ void cp_async_wait_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

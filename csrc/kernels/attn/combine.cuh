@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "launch.h"
 #include "params.h"
 #include "softmax.h"
 #include "split.h"
@@ -21,6 +22,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const __grid_constant__ ForwardParams p, const float log2_of_unit) {
   constexpr int kWarps = kCombineThreads / 32, kCols = kHeadDim / 32;
   __shared__ float weights[KeySplit::kMostParts], sums[kWarps][kHeadDim];
+  wait_for_predecessor();
+  let_successor_start();
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int parts = static_cast<int>(p.split_parts), Ev = static_cast<int>(p.Ev);
@@ -67,8 +70,8 @@ cudaError_t combine_parts(const ForwardParams& p, float log2_of_unit, cudaStream
   const int64_t rows = p.B * p.H * p.L;
   if (p.split_parts == 1) return cudaSuccess;
   if (rows > INT32_MAX || p.split_parts > KeySplit::kMostParts) return cudaErrorInvalidValue;
-  combine_kernel<Arch, T, kHeadDim><<<static_cast<unsigned>(rows), kCombineThreads, 0, stream>>>(p, log2_of_unit);
-  return cudaGetLastError();
+  return launch_early<combine_kernel<Arch, T, kHeadDim>>(dim3(static_cast<unsigned>(rows)), kCombineThreads, 0, stream,
+                                                         p, log2_of_unit);
 }
 
 }  // namespace sdpa

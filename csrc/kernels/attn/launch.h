@@ -1,4 +1,5 @@
-// Launch helpers.
+// Launch helpers. Shared memory beyond 48 KB, and programmatic dependent launch (sm90 and newer): a kernel that starts
+// while the one before it in the stream ends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +20,47 @@ cudaError_t allow_shared_bytes(int bytes) {
   const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess) devices_done.fetch_or(bit, std::memory_order_relaxed);
   return error;
+}
+
+// What a kernel launched by launch_early does before it touches memory: waits until all of the kernel before it is
+// done.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on, if all blocks have come here, the next kernel may start, should it be one launched by launch_early.
+__device__ __forceinline__ void let_successor_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches a kernel that calls wait_for_predecessor. Early only if the code that will run was compiled for sm90 or
+// newer: older code, translated for a newer chip, would not wait.
+template <auto kKernel, class... Arguments>
+cudaError_t launch_early(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (bit != 0 && !(devices_asked.load(std::memory_order_acquire) & bit)) {
+    cudaFuncAttributes of{};
+    if (const cudaError_t error = cudaFuncGetAttributes(&of, kKernel); error != cudaSuccess) return error;
+    if (of.ptxVersion >= 90 && of.binaryVersion >= 90) devices_able.fetch_or(bit, std::memory_order_relaxed);
+    devices_asked.fetch_or(bit, std::memory_order_release);
+  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = (devices_able.load(std::memory_order_relaxed) & bit) != 0 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
 }  // namespace sdpa

@@ -20,7 +20,7 @@ struct DecodeBlock {
   // Without those that the keys are split over.
   int64_t blocks(const ForwardParams& p) const { return p.B * p.H / p.group * row_tiles(p); }
 };
-constexpr DecodeBlock kFlashDecodeBlock{16, 3, kMaxPosition};
+constexpr DecodeBlock kFlashDecodeBlock{16, 2, kMaxPosition};
 // Older chips need fewer loads in flight, and Volta has no uniform registers.
 constexpr DecodeBlock efficient_decode_block(int path, int head_dim) {
   return {8, path < 80 || head_dim > 128 ? 2 : 3, 16384};

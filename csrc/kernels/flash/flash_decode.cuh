@@ -26,13 +26,13 @@ struct FlashDecode {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
   static constexpr int kRows = kFlashDecodeBlock.rows, kKeyTile = KeySplit::kKeyTile;
   static_assert(kRows == 16 && kKeyTile == kWarps * 16);
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 3, kAhead = kStages - 1;  // tiles under way while one is computed
   static constexpr int kSteps = kHeadDim / 16;
 
   using QueryTile = SharedTile<T, kRows, kHeadDim>;
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;  // of values too
   static constexpr int kRingBytes = 2 * kStages * KeyTile::kBytes;
-  // The query passes through the second stage, the warps' sums through the whole ring.
+  // The query passes through the last stage, the warps' sums through the whole ring.
   static constexpr int kSumBytes = kWarps * kRows * (kHeadDim + 2) * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
   static_assert(kSharedBytes <= Arch::kSharedBytes);
@@ -94,12 +94,19 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
     key_tile(stage).template fill<kThreads>(key, tile * kKeyTile);
     value_tile(stage).template fill<kThreads>(value, tile * kKeyTile);
   };
+  // Tile n of this block, if there is one; a group of copies in any case.
+  const auto fetch_group = [&](int n) {
+    if (first_tile + n < end_tile) fetch(first_tile + n, n % Flash::kStages);
+    cp_async_end_group();
+  };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto lane_offset = Flash::KeyTile::lane_offset();
 
-  if (first_tile < end_tile) fetch(first_tile, 0);
-  const typename Flash::QueryTile query_tile{base + Flash::KeyTile::kBytes};
+  wait_for_predecessor();
+#pragma unroll
+  for (int n = 0; n < Flash::kAhead; ++n) fetch_group(n);
+  const typename Flash::QueryTile query_tile{key_tile(Flash::kAhead).base};
   for (int i = threadIdx.x; i < Flash::kRows * Flash::QueryTile::kChunksPerRow; i += kThreads) {
     const int row = i / Flash::QueryTile::kChunksPerRow, chunk = i % Flash::QueryTile::kChunksPerRow;
     uint4 x = {0, 0, 0, 0};
@@ -128,11 +135,11 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   float reference[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.f, 0.f};  // sum: this lane's share
   float output[kHeadDim / 8][4] = {};
   for (int tile = first_tile; tile < end_tile; ++tile) {
-    const int stage = (tile - first_tile) % Flash::kStages;
+    const int number = tile - first_tile, stage = number % Flash::kStages;
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
-    cp_async_wait_all();
+    cp_async_wait_groups<Flash::kAhead - 1>();
     __syncthreads();
-    if (tile + 1 < end_tile) fetch(tile + 1, stage ^ 1);
+    fetch_group(number + Flash::kAhead);
 
     // S = Q K^T for this warp's 16 keys
     float scores[2][4] = {};
@@ -196,6 +203,7 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   }
 
   // The warps' sums through shared memory: outputs | references | sums, for each warp and row.
+  let_successor_start();
   cp_async_wait_all();
   __syncthreads();
   float* const outputs = reinterpret_cast<float*>(shared);
@@ -258,8 +266,9 @@ cudaError_t flash_decode(const ForwardParams& p, cudaStream_t stream) {
   if (KeySplit::scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, p.scale * kLog2E);
-  if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
+  const auto error = launch_early<kKernel>(dim3(static_cast<unsigned>(blocks)), Flash::kThreads, Flash::kSharedBytes,
+                                           stream, p, p.scale * kLog2E);
+  if (error != cudaSuccess) return error;
   return combine_parts<Arch, T, kHeadDim>(p, /*log2_of_unit=*/1.f, stream);
 }
 

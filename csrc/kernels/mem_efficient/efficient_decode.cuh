@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
     if (tile >= end_tile) return;
     load_quads<Shape::kValuesAtOnce, 128>(v, value, tile * kKeys + value_row, 4 * value_quad);
   };
+  wait_for_predecessor();
   fetch_keys(first_tile + warp);
   fetch_values(first_tile + warp);
 
@@ -314,6 +315,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
   }
 
   // The warps' sums.
+  let_successor_start();
 #pragma unroll
   for (int lanes = Shape::kLanesPerKey; lanes < 32; lanes *= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
   if (lane < kRows) {
@@ -369,8 +371,9 @@ cudaError_t efficient_decode(const ForwardParams& p, cudaStream_t stream) {
   if (p.E > kHeadDim || p.Ev > kHeadDim || p.S > kMaxPosition || blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (KeySplit::scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
-  efficient::decode_kernel<Arch, T, kHeadDim><<<static_cast<unsigned>(blocks), Shape::kThreads, 0, stream>>>(p);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  const cudaError_t error = launch_early<efficient::decode_kernel<Arch, T, kHeadDim>>(
+      dim3(static_cast<unsigned>(blocks)), Shape::kThreads, 0, stream, p);
+  if (error != cudaSuccess) return error;
   return combine_parts<Arch, T, kHeadDim>(p, kLog2E, stream);
 }
 
