@@ -68,6 +68,15 @@ def calls(backend, path, dtype):
             yield call
 
 
+def wide_calls(backend, path, dtype):
+    """Head dims over 256 without gradients: there may be a kernel that has no backward."""
+    dice = random.Random(f"wide {backend.name} {path} {dtype}")
+    if backend != EFFICIENT:
+        return
+    for call in calls(backend, path, dtype):
+        yield call | {"dims": dice.choice([(512, 512), (300, 40), (40, 300), (257, 272), (384, 500)]), "wide": True}
+
+
 def decode_calls(backend, path, dtype):
     """Short queries without gradients: the keys may be split over blocks."""
     dice = random.Random(f"decode {backend.name} {path} {dtype}")
@@ -162,18 +171,19 @@ def test_against_float64(use_path, which, path, dtype, call):
 paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
 
 
-DECODE_CASES = [
+INFERENCE_CASES = [
     pytest.param(backend, path, dtype, call, id=f"{backend.name}-sm{path}-{dtype}-{name_of(call)}")
     for backend, path, dtype in PATHS
-    for call in decode_calls(backend, path, dtype)
+    for call in [*decode_calls(backend, path, dtype), *wide_calls(backend, path, dtype)]
 ]
 
 
-@pytest.mark.parametrize("which, path, dtype, call", DECODE_CASES)
-def test_short_queries_against_float64(use_path, which, path, dtype, call):
+@pytest.mark.parametrize("which, path, dtype, call", INFERENCE_CASES)
+def test_inference_against_float64(use_path, which, path, dtype, call):
     use_path(which, path, dtype)
     tensors, mask = tensors_of(call, dtype, grad=False)
-    check(which, *tensors, mask, is_causal=call["is_causal"], scale=call["scale"], enable_gqa=call["group"] > 1)
+    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
+    check(which, *tensors, mask, **kwargs)
 
 
 @pytest.mark.parametrize("S", [300, 70_000])
@@ -209,8 +219,9 @@ def test_every_kernel_that_runs_here_is_tested(monkeypatch):
         )
         if path != newest:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
-        for call in [*calls(backend, path, dtype), *decode_calls(backend, path, dtype)]:
-            grad = has_backward(backend, path) and not call.get("decode")
+        every = calls, decode_calls, wide_calls
+        for call in (call for some in every for call in some(backend, path, dtype)):
+            grad = has_backward(backend, path) and not (call.get("decode") or call.get("wide"))
             tensors, mask = tensors_of(call, dtype, grad)
             with sdpa.sdpa_kernel(backend):
                 found = sdpa.explain(*tensors, mask, call["dropout_p"], call["is_causal"], enable_gqa=call["group"] > 1)

@@ -170,6 +170,23 @@ def test_explanation_data():
     assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
 
 
+@pytest.mark.parametrize(
+    "capability, E, grad, kernel",
+    [
+        ((8, 0), 512, False, "flash_forward_sm80_float16_512"),
+        ((9, 0), 257, False, "flash_forward_sm80_float16_512"),
+        ((8, 6), 512, False, "efficient_forward_sm80_float16_128"),  # 99 KB of shared memory
+        ((12, 0), 512, False, "efficient_forward_sm80_float16_128"),
+        ((9, 0), 512, True, "efficient_forward_sm80_float16_128"),  # it has a backward
+        ((9, 0), 513, False, "efficient_forward_sm80_float16_128"),
+    ],
+)
+def test_kernel_for_wide_heads(capability, E, grad, kernel):
+    found = explain(*inputs(HALF, E=E, grad=grad), capability=capability)
+    assert row(found, EFFICIENT).kernels[0] == kernel
+    assert found.chosen == EFFICIENT
+
+
 def test_bytes_count_leading_dims_that_do_not_fold():
     query, key = torch.empty(5, 2, 4, 16, 64), torch.empty(2, 4, 24, 64)
     key = key.expand(5, 2, 4, 24, 64)  # stride 0 and another: not one batch dim

@@ -68,7 +68,7 @@ VARIANTS = (
     [
         Variant("flash", direction, 80, dtype, head_dim)
         for direction, head_dims in (
-            ("forward", (32, 64, 128, 256)),
+            ("forward", (32, 64, 128, 256, 512)),
             ("backward", (32, 64, 128, 256)),
             ("decode", (64, 128)),
         )

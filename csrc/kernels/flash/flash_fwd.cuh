@@ -362,7 +362,10 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
 // Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim > 128) {
+  if constexpr (kHeadDim > 256) {
+    static_assert(kHeadDim == 512);
+    return flash_forward_widest<Arch, T>(p, stream);
+  } else if constexpr (kHeadDim > 128) {
     static_assert(kHeadDim == 256);
     const int64_t columns = std::max(p.E, p.Ev);
     return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)

@@ -1,9 +1,9 @@
 // Flash attention forward for head dims over 128, where the output of 32 rows is too much for one warp's registers.
 //
-// Two warps share 32 query rows. Each computes the scores of half of the keys and the output of half of the columns, so
-// that every fragment read from shared memory still feeds 32 rows; P of the other half of the keys comes from the other
-// warp through shared memory. There is room for one tile of keys and one of values: values are fetched during Q K^T,
-// the next keys during P V, and P passes through the place of the keys in between.
+// Two warps, four beyond 256 columns, share 32 query rows. Each computes the scores of its share of the keys and the
+// output of its share of the columns, so that every fragment read from shared memory still feeds 32 rows; P of the
+// other keys comes from the other warps through shared memory. There is room for one tile of keys and one of values:
+// values are fetched during Q K^T, the next keys during P V, and P passes through the place of the keys in between.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,16 +24,18 @@
 
 namespace sdpa {
 
-// kHeadDim: columns computed, a multiple of 32. kChange: kNone, kDropout or kAnyMask.
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+// kHeadDim: columns computed, a multiple of 32. kChange: kNone, kDropout or kAnyMask. kTeams: of warps that share rows.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kTeams>
 struct FlashForwardWide {
-  static constexpr int kPairs = 2, kThreads = kPairs * 64;
-  static constexpr int kRowBlocks = 2;  // 16-row blocks of a pair of warps
-  static constexpr int kQueryTile = kPairs * kRowBlocks * 16, kKeyTile = 64;
-  static constexpr int kSteps = kHeadDim / 16;      // k-steps of Q K^T
-  static constexpr int kBlocks = kHeadDim / 32;     // 16-column blocks of a warp's output: every second one
-  static constexpr int kKeyBlocks = kKeyTile / 32;  // 16-key blocks of a warp's scores
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kSides = kHeadDim <= 256 ? 2 : 4;  // warps of a team
+  static constexpr int kThreads = kTeams * kSides * 32;
+  static constexpr int kRowBlocks = 2;  // 16-row blocks of a team
+  static constexpr int kQueryTile = kTeams * kRowBlocks * 16, kKeyTile = 64;
+  static constexpr int kSteps = kHeadDim / 16;               // k-steps of Q K^T
+  static constexpr int kBlocks = kHeadDim / 16 / kSides;     // 16-column blocks of a warp's output: every kSides-th
+  static constexpr int kKeyBlocks = kKeyTile / 16 / kSides;  // 16-key blocks of a warp's scores
+  static constexpr int kBlocksPerSm = kSides == 2 ? 2 : 1;
+  static constexpr int kMaxSharedBytes = kSides == 2 ? Arch::kSharedBytes : (kTeams == 1 ? 163 : 227) * 1024;
   static constexpr int kEarlyMaskWords = 4;  // of a row, in registers during Q K^T
 
   static constexpr int kCols = (kHeadDim + 63) / 64 * 64;
@@ -46,7 +48,7 @@ struct FlashForwardWide {
   static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + KeyTile::kBytes;
   static constexpr int kMapOffset = kValueOffset + KeyTile::kBytes;
   static constexpr int kSharedBytes = kMapOffset + (kChange == ScoreChange::kAnyMask ? TileMap::kBytes : 0);
-  static_assert(kSharedBytes <= Arch::kSharedBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kHeadDim % 32 == 0 && ProbabilityTile::kBytes <= KeyTile::kBytes);
 
   // The key in column n * 8 + lane % 4 * 2 + i % 2 of a tile's scores.
@@ -55,15 +57,15 @@ struct FlashForwardWide {
   }
 };
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
-__global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::kThreads,
-                                  FlashForwardWide<Arch, T, kHeadDim, kChange>::kBlocksPerSm)
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kTeams>
+__global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, kTeams>::kThreads,
+                                  FlashForwardWide<Arch, T, kHeadDim, kChange, kTeams>::kBlocksPerSm)
     flash_forward_wide_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                               const __grid_constant__ Dropout dropout, const float scale_log2) {
-  using Flash = FlashForwardWide<Arch, T, kHeadDim, kChange>;
+  using Flash = FlashForwardWide<Arch, T, kHeadDim, kChange, kTeams>;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kThreads = Flash::kThreads;
-  constexpr int kKeyBlocks = Flash::kKeyBlocks, kBlocks = Flash::kBlocks;
+  constexpr int kKeyBlocks = Flash::kKeyBlocks, kBlocks = Flash::kBlocks, kSides = Flash::kSides;
   constexpr bool kHasMask = kChange == ScoreChange::kAnyMask;
   extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -104,12 +106,12 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int side = warp % 2;                     // which half of the keys and columns
-  const int pair_block = warp / 2 * kRowBlocks;  // of 16 rows, in the query tile
-  const int pair_row = q0 + pair_block * 16;
+  const int side = warp % kSides;                     // which share of the keys and columns
+  const int team_block = warp / kSides * kRowBlocks;  // of 16 rows, in the query tile
+  const int team_row = q0 + team_block * 16;
   const auto lane_offset = Flash::KeyTile::lane_offset();
   const auto probability_offset = Flash::ProbabilityTile::lane_offset();
-  // This warp's blocks of columns are side, side + 2, ...: the lane's offset takes the first step.
+  // This warp's blocks of columns are side, side + kSides, ...: the lane's offset takes the first step.
   const LaneOffset value_offset{lane_offset.rows_first ^ side * 2 * kChunkBytes, 0};
 
   query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
     __syncthreads();
     fetch_values(tile);
 
-    const int query = pair_row + lane / 4, key = k0 + Flash::key(lane, side * 2 * kKeyBlocks, 0);  // the lane's first
+    const int query = team_row + lane / 4, key = k0 + Flash::key(lane, side * 2 * kKeyBlocks, 0);  // the lane's first
     FloatMask<kRowBlocks, 2 * kKeyBlocks, Flash::kEarlyMaskWords, true> mask;
     if constexpr (kHasMask) mask.read_early(p, batch, head, query, key);
 
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
     for (int k = 0; k < Flash::kSteps; ++k) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, pair_block + m, k);
+      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, team_block + m, k);
 #pragma unroll
       for (int n = 0; n < kKeyBlocks; ++n) {
         uint32_t b[4];
@@ -168,14 +170,14 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
         for (int n = 0; n < 2 * kKeyBlocks; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int row = (pair_block + m) * 16 + lane / 4 + i / 2 * 8;
+            const int row = (team_block + m) * 16 + lane / 4 + i / 2 * 8;
             if (!limit.sees(row, Flash::key(lane, side * 2 * kKeyBlocks + n, i))) scores[m][n][i] = -INFINITY;
           }
         }
       }
     }
 
-    // Both warps of a pair must have the same references. After this barrier every warp is done with the keys, too.
+    // All warps of a team must have the same references. After this barrier every warp is done with the keys, too.
     float highest[kRowBlocks][2];
     if (__syncthreads_or(softmax.find_highest(highest, scores))) {
       float* const exchange = reinterpret_cast<float*>(shared + Flash::kKeyOffset);  // a row of floats for each warp
@@ -187,7 +189,8 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
 #pragma unroll
       for (int i = 0; i < 2 * kRowBlocks; ++i) {
         float& x = highest[i / 2][i % 2];
-        x = fmaxf(x, exchange[(warp ^ 1) * 32 + i * 8 + lane / 4]);
+#pragma unroll
+        for (int other = 1; other < kSides; ++other) x = fmaxf(x, exchange[(warp ^ other) * 32 + i * 8 + lane / 4]);
       }
       __syncthreads();
       softmax.raise(highest, output);
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
       if (p.dropout_p > 0.f) {
         const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
         uint32_t kept[kRowBlocks];
-        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, pair_row / 16,
+        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, team_row / 16,
                      key / 16);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
@@ -210,8 +213,8 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
       }
     }
 
-    // P: index 0 is this warp's half of the keys, index 1 the other's.
-    uint32_t probability[2][kKeyBlocks][kRowBlocks][4];
+    // P: index 0 is this warp's share of the keys, index n that of side ^ n.
+    uint32_t probability[kSides][kKeyBlocks][kRowBlocks][4];
 #pragma unroll
     for (int k = 0; k < kKeyBlocks; ++k) {
 #pragma unroll
@@ -221,20 +224,24 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
         if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
           const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
           drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
-                     static_cast<uint32_t>(p.first_batch_head) + batch_head, pair_row / 16 + m,
+                     static_cast<uint32_t>(p.first_batch_head) + batch_head, team_row / 16 + m,
                      k0 / 16 + side * kKeyBlocks + k);
         }
         to_operand<T>(probability[0][k][m], scores[m][2 * k], scores[m][2 * k + 1]);
-        probability_tile.put_a(probability[0][k][m], pair_block + m, side * kKeyBlocks + k);
+        probability_tile.put_a(probability[0][k][m], team_block + m, side * kKeyBlocks + k);
       }
     }
     wait_for_copies<Arch>();
     __syncthreads();  // P is complete, and the values have landed
 #pragma unroll
-    for (int k = 0; k < kKeyBlocks; ++k) {
+    for (int other = 1; other < kSides; ++other) {
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        probability_tile.load_a(probability[1][k][m], probability_offset, pair_block + m, (side ^ 1) * kKeyBlocks + k);
+      for (int k = 0; k < kKeyBlocks; ++k) {
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          const int key_block = (side ^ other) * kKeyBlocks + k;
+          probability_tile.load_a(probability[other][k][m], probability_offset, team_block + m, key_block);
+        }
       }
     }
     __syncthreads();  // P has been read
@@ -242,24 +249,24 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
 
     // O += P V
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int other = 0; other < kSides; ++other) {
 #pragma unroll
       for (int k = 0; k < kKeyBlocks; ++k) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           uint32_t b[4];
-          value_tile.load_b(b, value_offset, (side ^ half) * kKeyBlocks + k, 2 * n);
+          value_tile.load_b(b, value_offset, (side ^ other) * kKeyBlocks + k, kSides * n);
 #pragma unroll
           for (int m = 0; m < kRowBlocks; ++m) {
-            Product::add(output[m][2 * n], probability[half][k][m], b[0], b[1]);
-            Product::add(output[m][2 * n + 1], probability[half][k][m], b[2], b[3]);
+            Product::add(output[m][2 * n], probability[other][k][m], b[0], b[1]);
+            Product::add(output[m][2 * n + 1], probability[other][k][m], b[2], b[3]);
           }
         }
       }
     }
   }
 
-  // The sums of both halves of the keys. Lanes of the two warps hold the same rows.
+  // The sums of all keys. Lanes of the warps of a team hold the same rows.
   wait_for_copies<Arch>();
   __syncthreads();
   float* const exchange = reinterpret_cast<float*>(shared + Flash::kKeyOffset);
@@ -267,9 +274,12 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
   for (int i = 0; i < 2 * kRowBlocks; ++i) exchange[i * kThreads + threadIdx.x] = softmax.sum[i / 2][i % 2];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 2 * kRowBlocks; ++i) {  // in the same order in both
-    const float* const sums = exchange + i * kThreads + threadIdx.x % 32 + warp / 2 * 64;
-    softmax.sum[i / 2][i % 2] = sums[0] + sums[32];
+  for (int i = 0; i < 2 * kRowBlocks; ++i) {  // in the same order in all
+    const float* const sums = exchange + i * kThreads + threadIdx.x % 32 + warp / kSides * (kSides * 32);
+    float sum = sums[0];
+#pragma unroll
+    for (int other = 1; other < kSides; ++other) sum += sums[32 * other];
+    softmax.sum[i / 2][i % 2] = sum;
   }
 
   // O and LSE.
@@ -285,7 +295,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
         output[m][n][2 * half] *= factor;
         output[m][n][2 * half + 1] *= factor;
       }
-      const int row = pair_row + m * 16 + half * 8 + lane / 4;
+      const int row = team_row + m * 16 + half * 8 + lane / 4;
       const bool writes = side == 0 && lane % 4 == 0 && row < p.L;
       const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
       if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
@@ -293,7 +303,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange>::
     }
   }
   const HeadRows<T> target(p.output, batch, head, p.L, p.Ev);
-  query_tile.template store<kRowBlocks, InOrder, 2>(output, pair_block, target, pair_row, side);
+  query_tile.template store<kRowBlocks, InOrder, kSides>(output, team_block, target, team_row, side);
 }
 
 // Flash is FlashForward or FlashForwardWide, kKernel its kernel.
@@ -311,19 +321,39 @@ cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kTeams>
 cudaError_t launch_wide_forward(const ForwardParams& p, cudaStream_t stream) {
-  return launch_flash_forward<FlashForwardWide<Arch, T, kHeadDim, kChange>,
-                              flash_forward_wide_kernel<Arch, T, kHeadDim, kChange>, T>(p, stream);
+  return launch_flash_forward<FlashForwardWide<Arch, T, kHeadDim, kChange, kTeams>,
+                              flash_forward_wide_kernel<Arch, T, kHeadDim, kChange, kTeams>, T>(p, stream);
 }
 
-template <class Arch, class T, int kHeadDim>
+template <class Arch, class T, int kHeadDim, int kTeams = 2>
 cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
-  if (p.mask_kind != MaskKind::kNone) {
-    return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+  if (p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
+    return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone, kTeams>(p, stream);
   }
-  return p.dropout_p == 0.f ? launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
-                            : launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  if constexpr (kHeadDim <= 256) {
+    if (p.mask_kind == MaskKind::kNone) {
+      return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kDropout, kTeams>(p, stream);
+    }
+  }
+  return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask, kTeams>(p, stream);  // and dropout
+}
+
+// Up to 512 columns. One team a block where shared memory (163 KB on sm80, 227 KB on sm90) or the chip's
+// multiprocessors want it. Chips with 99 KB have no place for it.
+template <class Arch, class T>
+cudaError_t flash_forward_widest(const ForwardParams& p, cudaStream_t stream) {
+  using Large = FlashForwardWide<Arch, T, 512, ScoreChange::kAnyMask, 2>;
+  int device = 0, limit = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const bool fills = (p.L + Large::kQueryTile - 1) / Large::kQueryTile * p.B * p.H >= multiprocessors;
+  return fills && limit >= Large::kMaxSharedBytes ? flash_forward_wide<Arch, T, 512, 2>(p, stream)
+                                                  : flash_forward_wide<Arch, T, 512, 1>(p, stream);
 }
 
 }  // namespace sdpa
