@@ -53,7 +53,7 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False)
             and not (grad and turing)
         )
     brain = dtype == BRAIN and capability >= (8, 0)
-    wide = dtype == SINGLE and E > 256
+    wide = dtype == SINGLE and E > 256 and capability < (8, 0)
     return (dtype in (HALF, SINGLE) or brain) and E >= 1 and Ev >= 1 and not wide and mask != DOUBLE
 
 
