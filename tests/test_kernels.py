@@ -29,11 +29,7 @@ LENGTHS += [(257, 127), (200, 333), (16, 1031), (515, 511)]
 LAYOUTS = ["contiguous", "contiguous", "transposed", "columns", "step", "odd", "packed"]
 MASKS = ["bool", "float16", "bfloat16", "float32"]
 MASK_SHAPES = ["LS", "1S", "L1", "HLS", "B11S", "B1LS", "BHLS", ""]
-PLAIN, ALL = 30, 40  # calls of each path: without mask and dropout, which a young backend may refuse, and with
-
-
-def has_backward(backend, path):
-    return (backend, path) != (FLASH, 75)
+PLAIN, ALL = 30, 40  # calls of each path: without mask and dropout, and with
 
 
 def sampled(choices, count, dice):
@@ -47,7 +43,7 @@ def sampled(choices, count, dice):
 def calls(backend, path, dtype):
     dice = random.Random(f"{backend.name} {path} {dtype}")
     for number, count in enumerate((PLAIN, ALL)):
-        dims = HEAD_DIMS + (MIDDLE if has_backward(backend, path) else []) + (WIDE if backend == EFFICIENT else [])
+        dims = HEAD_DIMS + (MIDDLE if (backend, path) != (FLASH, 75) else []) + (WIDE if backend == EFFICIENT else [])
         axes = {
             "dims": dims,
             "lengths": LENGTHS,
@@ -163,7 +159,7 @@ def tensors_of(call, dtype, grad=True, B=2):
 @pytest.mark.parametrize("which, path, dtype, call", CASES)
 def test_against_float64(use_path, which, path, dtype, call):
     use_path(which, path, dtype)
-    tensors, mask = tensors_of(call, dtype, grad=has_backward(which, path))
+    tensors, mask = tensors_of(call, dtype)
     kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
     check(which, *tensors, mask, **kwargs)
 
@@ -221,7 +217,7 @@ def test_every_kernel_that_runs_here_is_tested(monkeypatch):
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
         every = calls, decode_calls, wide_calls
         for call in (call for some in every for call in some(backend, path, dtype)):
-            grad = has_backward(backend, path) and not (call.get("decode") or call.get("wide"))
+            grad = not (call.get("decode") or call.get("wide"))
             tensors, mask = tensors_of(call, dtype, grad)
             with sdpa.sdpa_kernel(backend):
                 found = sdpa.explain(*tensors, mask, call["dropout_p"], call["is_causal"], enable_gqa=call["group"] > 1)

@@ -50,7 +50,6 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False)
             and 1 <= E <= most
             and 1 <= Ev <= most
             and mask != DOUBLE
-            and not (grad and turing)
         )
     brain = dtype == BRAIN and capability >= (8, 0)
     wide = dtype == SINGLE and E > 256 and capability < (8, 0)
@@ -168,6 +167,9 @@ def test_explanation_data():
     assert row(found, EFFICIENT).kernels == ("efficient_decode_sm70_float32_256",)
     both = row(explain(*inputs(BRAIN, grad=True), capability=(8, 6)), FLASH).kernels
     assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
+    turing = explain(*inputs(HALF, E=100, grad=True), capability=(7, 5))  # flash's kernels serve both
+    both = ("flash_forward_sm75_float16_128", "flash_backward_sm75_float16_128")
+    assert row(turing, FLASH).kernels == row(turing, EFFICIENT).kernels == both
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,11 @@ VARIANTS = (
         for dtype in ("float16", "bfloat16")
         for head_dim in head_dims
     ]
-    + [Variant("flash", "forward", 75, "float16", head_dim) for head_dim in (32, 64, 128)]
+    + [
+        Variant("flash", direction, 75, "float16", head_dim)
+        for direction in ("forward", "backward")
+        for head_dim in (32, 64, 128)
+    ]
     + [
         Variant("efficient", direction, path, dtype, head_dim)
         for direction in ("forward", "backward")

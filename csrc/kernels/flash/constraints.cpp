@@ -17,9 +17,6 @@ static bool takes_head_dims(const Problem& p) {
   const int64_t most = on_turing(p) ? 128 : 256;  // sm75 has 64 KB of shared memory
   return p.E >= 1 && p.Ev >= 1 && p.E <= most && p.Ev <= most;
 }
-static bool takes_gradients(const Problem& p) {
-  return !(p.grad_wanted && on_turing(p));
-}
 
 const std::vector<Constraint>& flash_constraints() {
   static const std::vector<Constraint> list = {
@@ -34,12 +31,9 @@ const std::vector<Constraint>& flash_constraints() {
       {"lengths", takes_lengths, got_lengths, kNeedsLengths, "Split the call along its batch or its queries."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,
        "no mask, or a bool, float32, float16 or bfloat16 mask", "Cast the mask to float32."},
-      {"gradients", takes_gradients,
-       [](const Problem& p) { return std::string(p.grad_wanted ? "gradients wanted" : "no gradients"); },
-       "no gradients on sm75, for which there is no backward yet", "Use the memory-efficient backend."},
       {"kernel in this build",
        [](const Problem& p) {
-         return !on_gpu(p) || p.capability < 75 || !takes_dtype(p) || !takes_head_dims(p) || !takes_gradients(p) ||
+         return !on_gpu(p) || p.capability < 75 || !takes_dtype(p) || !takes_head_dims(p) ||
                 compiled(Backend::kFlash, p);
        },
        [](const Problem&) { return "kernels for " + compiled_chips(Backend::kFlash); }, "one for this chip and call",

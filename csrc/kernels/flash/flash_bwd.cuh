@@ -41,7 +41,7 @@ cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t launch_narrow(const BackwardParams& p, cudaStream_t stream) {
-  using Tile = NarrowTile<kHeadDim, kEdit>;
+  using Tile = NarrowTile<Arch, kHeadDim, kEdit>;
   return launch_main_backward<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>,
                               narrow_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
 }
@@ -57,6 +57,10 @@ template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 64) {
     return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
+  } else if constexpr (!Arch::kAsyncCopy) {  // sm75: 64 KB
+    static_assert(kHeadDim <= 128);
+    using Tile = WideTile<128, 8, 1, 2, 32, 1, 1, Arch::kSharedBytes>;
+    return launch_wide<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
   } else {
     int device = 0, limit = 0;
     if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;

@@ -22,9 +22,8 @@ namespace sdpa {
 
 // dK and dV take kKeyBlocks * kHeadDim registers of a lane; the rest follows from that. A long key tile keeps the
 // number of float32 additions to dQ low: every key tile adds to every dQ row once.
-template <int kHeadDim, ScoreEdit kEdit>
+template <class Arch, int kHeadDim, ScoreEdit kEdit>
 struct NarrowTile {
-  static constexpr bool kHasMask = has_mask(kEdit);
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
@@ -33,10 +32,23 @@ struct NarrowTile {
                                : kEdit == ScoreEdit::kDropout && kHeadDim > 32 ? 32
                                : kEdit == ScoreEdit::kMask && kHeadDim > 64    ? 32
                                                                                : 16;
-  static constexpr int kGradStages = kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 1 : kKeyBlocks;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
+};
+
+// Head dims to 64. There are 64 KB of shared memory, and copies go through registers, which a second stage would not
+// hide: more warps do.
+template <int kHeadDim, ScoreEdit kEdit>
+struct NarrowTile<Sm75, kHeadDim, kEdit> {
+  static constexpr int kWarps = 8, kKeyBlocks = 1;
+  static constexpr int kQueries = kHeadDim <= 32 ? 128 : 64;
+  static constexpr int kStep = kEdit == ScoreEdit::kNone ? 32 : 16;
+  static constexpr int kStages = 1, kGradStages = 1;
+  static constexpr bool kValueInRegisters = true;
+  static constexpr int kEarlyMaskWords = kKeyBlocks;
+  static constexpr int kBlocksPerSm = 1;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
@@ -47,18 +59,17 @@ struct NarrowBackward {
   static constexpr int kKeyTile = kWarps * kKeyBlocks * 16;
   static constexpr int kQueryTile = Tile::kQueries;
   static constexpr int kStep = Tile::kStep;
-  static constexpr int kStages = 2;                      // of queries
-  static constexpr int kGradStages = Tile::kGradStages;  // of dO
-  static constexpr int kSteps = kHeadDim / 16;           // k-steps of Q K^T and dO V^T
+  static constexpr int kStages = Tile::kStages, kGradStages = Tile::kGradStages;
+  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T and dO V^T
 
   // dQ: each warp takes 32 queries and a share of the columns.
   static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = kWarps / kQueryGroups;
   static constexpr int kGradQueryBlocks = kHeadDim / kColGroups / 16;  // 16-column blocks of a warp
   static_assert(kQueryTile % kStep == 0 && kGradQueryBlocks * kColGroups * 16 == kHeadDim);
 
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
-  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile>;  // dS^T
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;      // of values too
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;  // of dO too
+  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // dS^T
 
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
@@ -68,8 +79,6 @@ struct NarrowBackward {
   static constexpr int kRowOffset = kScoreOffset + ScoreTile::kBytes;  // LSE, delta, rest of LSE
   static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
   static_assert(kSharedBytes <= Arch::kSharedBytes);
-  // Values on their way into registers pass through the place of the query and dO stages.
-  static_assert(!Tile::kValueInRegisters || KeyTile::kBytes <= kScoreOffset - kQueryOffset);
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
@@ -98,8 +107,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | LSE | delta | rest of LSE.
   const uint32_t base = shared_address(shared);
   const typename Flash::KeyTile key_tile{base};
-  const typename Flash::KeyTile value_tile{base +
-                                           (Tile::kValueInRegisters ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
+  // Values on their way into registers pass through the keys' place.
+  const typename Flash::KeyTile value_tile{base + (Tile::kValueInRegisters ? 0 : Flash::KeyTile::kBytes)};
   const auto query_tile = [&](int stage) {
     return typename Flash::QueryTile{base + Flash::kQueryOffset + stage * Flash::QueryTile::kBytes};
   };
@@ -151,12 +160,10 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
-  const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  value_tile.template fill<kThreads, KeyOrder>(value, k0);
+  value_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
   uint32_t value_registers[Tile::kValueInRegisters ? kSteps : 1][kKeyBlocks][4];
   if constexpr (Tile::kValueInRegisters) {
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -165,6 +172,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     __syncthreads();
   }
+  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
 
   constexpr bool kMaskGradient = kEdit == ScoreEdit::kMaskGradient;
   const bool mask_from_registers = kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p);
@@ -179,10 +187,10 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   for (int item = 0; item < items; ++item) {
     start_anew();
     // This query tile has landed; every warp is done with the one before, its stage and its dS.
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
     if (item + 1 < items) {
-      fetch_query(item + 1);
+      if constexpr (Flash::kStages > 1) fetch_query(item + 1);
       if constexpr (Flash::kGradStages > 1) fetch_grad(item + 1);
     }
 
@@ -191,7 +199,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 
     const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
     int steps = kQueryTile / kStep;
-    if constexpr (kEdit != ScoreEdit::kNone)
+    if constexpr (kEdit != ScoreEdit::kNone || !Arch::kAsyncCopy)
       asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
@@ -327,10 +335,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
       }
     }
 
-    __syncthreads();  // dS is complete; dO, LSE and delta are free
+    __syncthreads();  // dS is complete; query, dO, LSE and delta are free
     start_anew();
-    if constexpr (Flash::kGradStages == 1) {
-      if (item + 1 < items) fetch_grad(item + 1);
+    if (item + 1 < items) {
+      if constexpr (Flash::kStages == 1) fetch_query(item + 1);
+      if constexpr (Flash::kGradStages == 1) fetch_grad(item + 1);
     }
     const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
 
@@ -375,7 +384,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   }
 
   // dK and dV leave through the key tile, where each warp has its rows.
-  cp_async_wait_all();
+  wait_for_copies<Arch>();
   __syncthreads();
   const int warp_row = k0 + warp_block * 16;
   if (p.grad_value.data != nullptr) {

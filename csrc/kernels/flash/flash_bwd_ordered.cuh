@@ -37,7 +37,7 @@ struct ScoreGradient {
       const int64_t i = int64_t{batch_head} * p.L + r;
       const float x = r < p.L ? p.logsumexp[i] : -INFINITY;
       // +inf makes every probability of a row with nothing to attend to 0.
-      lse[half] = x == -INFINITY ? INFINITY : x * kLog2E;
+      lse[half] = x == -INFINITY ? INFINITY : __fmul_rn(x, kLog2E);
       delta[half] = r < p.L ? p.delta[i] : 0.f;
       rest[half] = kHasMask && r < p.L && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f;
     }
@@ -137,19 +137,22 @@ struct ScoreGradient {
   }
 };
 
-// Shared memory of either kernel: query | dO | stages of (key | value).
 template <class Arch, class T, int kHeadDim, int kWarps, int kKeys_, int kStages_>
 struct OrderedTile {
   static constexpr int kKeys = kKeys_, kStages = kStages_, kThreads = kWarps * 32, kQueries = kWarps * 16;
-  using QueryTile = SharedTile<T, kQueries, kHeadDim>;
-  using KeyTile = SharedTile<T, kKeys, kHeadDim>;
-  static constexpr int kStageBytes = 2 * KeyTile::kBytes;
-  static constexpr int kSharedBytes = 2 * QueryTile::kBytes + kStages * kStageBytes;
-  static_assert(kSharedBytes <= Arch::kSharedBytes);
+  using QueryTile = SharedTile<T, kQueries, kHeadDim, Arch>;  // of dO too
+  using KeyTile = SharedTile<T, kKeys, kHeadDim, Arch>;       // of values too
 };
 
+// Shared memory: query | dO | stages of (key | value).
 template <class Arch, class T, int kHeadDim>
-using QueryOrderedTile = OrderedTile<Arch, T, kHeadDim, 4, kHeadDim <= 128 ? 64 : 32, kHeadDim <= 128 ? 2 : 1>;
+struct QueryOrderedTile : OrderedTile<Arch, T, kHeadDim, 4, kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 64 : 32,
+                                      kHeadDim <= 128 && Arch::kAsyncCopy ? 2 : 1> {
+  using Tile = QueryOrderedTile::OrderedTile;
+  static constexpr int kStageBytes = 2 * Tile::KeyTile::kBytes;
+  static constexpr int kSharedBytes = 2 * Tile::QueryTile::kBytes + Tile::kStages * kStageBytes;
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
+};
 
 template <class Arch, class T, int kHeadDim, bool kHasMask>
 __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads, 2)
@@ -176,11 +179,11 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
   };
   const auto fetch = [&](int k0) {
     const int stage = k0 / kKeys % Tile::kStages;
-    fill_tile<kThreads>(key_tile(stage), HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-    fill_tile<kThreads>(value_tile(stage), HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+    key_tile(stage).template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+    value_tile(stage).template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
   };
-  fill_tile<kThreads>(query, HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
-  fill_tile<kThreads>(grad, HeadRows<const T>(p.grad_output, batch, head, p.L, p.Ev), q0);
+  query.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  grad.template fill<kThreads>(HeadRows<const T>(p.grad_output, batch, head, p.L, p.Ev), q0);
   if (range.matters(q0, 0)) fetch(0);
   ScoreGradient<Arch, T, kHeadDim, kKeys, kHasMask> score_gradient;
   score_gradient.read_rows(p, batch_head, q0 + warp * 16);
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
   float grad_query[1][kHeadDim / 8][4] = {};
 #pragma unroll 1
   for (int k0 = 0; range.matters(q0, k0); k0 += kKeys) {
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
     const bool has_next = range.matters(q0, k0 + kKeys);
     if (Tile::kStages > 1 && has_next) fetch(k0 + kKeys);
@@ -215,7 +218,7 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
     }
   }
 
-  cp_async_wait_all();
+  wait_for_copies<Arch>();
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -231,9 +234,15 @@ struct MaskSums {
   int own_heads, own_query_tiles, own_key_tiles;
 };
 
+// Shared memory: stages of (query | dO | key | value).
 template <class Arch, class T, int kHeadDim>
-using MaskOrderedTile =
-    OrderedTile<Arch, T, kHeadDim, kHeadDim <= 128 ? 8 : 4, kHeadDim <= 128 ? 64 : 32, kHeadDim <= 64 ? 2 : 1>;
+struct MaskOrderedTile : OrderedTile<Arch, T, kHeadDim, kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 8 : 4,
+                                     kHeadDim <= 128 ? 64 : 32, kHeadDim <= (Arch::kAsyncCopy ? 64 : 32) ? 2 : 1> {
+  using Tile = MaskOrderedTile::OrderedTile;
+  static constexpr int kStageBytes = 2 * (Tile::QueryTile::kBytes + Tile::KeyTile::kBytes);
+  static constexpr int kSharedBytes = Tile::kStages * kStageBytes;
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
+};
 
 template <class Arch, class T, int kHeadDim>
 __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 1)
@@ -265,27 +274,27 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     return {batch, head, query_tile * Tile::kQueries, key_tile * kKeys};
   };
   const uint32_t base = shared_address(shared);
-  constexpr int kStageBytes = 2 * Tile::QueryTile::kBytes + Tile::kStageBytes;
   const auto query_tile = [&](int stage, int n) {
-    return typename Tile::QueryTile{base + stage * kStageBytes + n * Tile::QueryTile::kBytes};
+    return typename Tile::QueryTile{base + stage * Tile::kStageBytes + n * Tile::QueryTile::kBytes};
   };
   const auto key_tile = [&](int stage, int n) {
-    return typename Tile::KeyTile{base + stage * kStageBytes + 2 * Tile::QueryTile::kBytes + n * Tile::KeyTile::kBytes};
+    return typename Tile::KeyTile{base + stage * Tile::kStageBytes + 2 * Tile::QueryTile::kBytes +
+                                  n * Tile::KeyTile::kBytes};
   };
   const auto fetch = [&](int item) {
     const Place at = place(item);
     const int stage = item % Tile::kStages, key_head = at.head / static_cast<int>(p.group);
-    fill_tile<kThreads>(query_tile(stage, 0), HeadRows<const T>(p.query, at.batch, at.head, p.L, p.E), at.q0);
-    fill_tile<kThreads>(query_tile(stage, 1), HeadRows<const T>(p.grad_output, at.batch, at.head, p.L, p.Ev), at.q0);
-    fill_tile<kThreads>(key_tile(stage, 0), HeadRows<const T>(p.key, at.batch, key_head, p.S, p.E), at.k0);
-    fill_tile<kThreads>(key_tile(stage, 1), HeadRows<const T>(p.value, at.batch, key_head, p.S, p.Ev), at.k0);
+    query_tile(stage, 0).template fill<kThreads>(HeadRows<const T>(p.query, at.batch, at.head, p.L, p.E), at.q0);
+    query_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.grad_output, at.batch, at.head, p.L, p.Ev), at.q0);
+    key_tile(stage, 0).template fill<kThreads>(HeadRows<const T>(p.key, at.batch, key_head, p.S, p.E), at.k0);
+    key_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.value, at.batch, key_head, p.S, p.Ev), at.k0);
   };
 
   float total[kKeys / 8][4] = {};
   fetch(0);
 #pragma unroll 1
   for (int item = 0; item < items; ++item) {
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
     if (Tile::kStages > 1 && item + 1 < items) fetch(item + 1);
     const Place at = place(item);
@@ -310,7 +319,7 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
   __syncthreads();
   float* const rows = reinterpret_cast<float*>(shared);
   constexpr int kPitch = kKeys + 2;
-  static_assert(Tile::kQueries * kPitch * static_cast<int>(sizeof(float)) <= Tile::kStages * kStageBytes);
+  static_assert(Tile::kQueries * kPitch * static_cast<int>(sizeof(float)) <= Tile::kSharedBytes);
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -362,8 +371,6 @@ template <class Arch, class T, int kHeadDim>
 cudaError_t launch_mask_gradient(const BackwardParams& p, cudaStream_t stream) {
   using Tile = MaskOrderedTile<Arch, T, kHeadDim>;
   constexpr auto kKernel = mask_gradient_kernel<Arch, T, kHeadDim>;
-  constexpr int kSharedBytes = Tile::kStages * (2 * Tile::QueryTile::kBytes + Tile::kStageBytes);
-  static_assert(kSharedBytes <= Arch::kSharedBytes);
   const int64_t counts[4] = {p.B, p.H, (p.L + Tile::kQueries - 1) / Tile::kQueries,
                              (p.S + Tile::kKeys - 1) / Tile::kKeys};
   int64_t blocks = 1, items = 1;
@@ -377,9 +384,9 @@ cudaError_t launch_mask_gradient(const BackwardParams& p, cudaStream_t stream) {
   }
   if (blocks == 0 || items == 0) return cudaSuccess;  // zeros, which the caller wrote
   if (std::max(blocks, items) > kMaxPosition) return cudaErrorInvalidValue;
-  if (const auto error = allow_shared_bytes<kKernel>(kSharedBytes); error != cudaSuccess) return error;
+  if (const auto error = allow_shared_bytes<kKernel>(Tile::kSharedBytes); error != cudaSuccess) return error;
   const MaskSums sums{summed[0], summed[1], summed[2], summed[3], own[1], own[2], own[3]};
-  kKernel<<<static_cast<unsigned>(blocks), Tile::kThreads, kSharedBytes, stream>>>(
+  kKernel<<<static_cast<unsigned>(blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
       p, sums, Dropout::make(p.dropout_p, 0), p.scale * kLog2E);
   return cudaGetLastError();
 }

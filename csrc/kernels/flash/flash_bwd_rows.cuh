@@ -17,29 +17,6 @@ constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
 }
 
-// SharedTile::fill, also for blocks of so few threads that a thread does not keep its swizzle from row to row.
-template <int kThreads, class Order = InOrder, class Tile, class U>
-__device__ __forceinline__ void fill_tile(const Tile& tile, const HeadRows<U>& source, int row0) {
-  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
-  if constexpr (kRowStep % 8 == 0) {
-    tile.template fill<kThreads, Order>(source, row0);
-  } else {
-    const int chunk = threadIdx.x % Tile::kChunksPerRow, first = threadIdx.x / Tile::kChunksPerRow;
-    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
-#pragma unroll 4
-    for (int row = first; row < Tile::kRows; row += kRowStep) {
-      const uint32_t to = tile.base + Tile::offset(row, chunk);
-      const int from = row0 + Order::key(row);
-      const bool inside = from < source.rows;
-      if (source.access == HeadRows<U>::Access::kChunk) {
-        cp_async<16>(to, source.at(from, chunk * kChunkElements), inside ? present * 2 : 0);
-      } else {
-        store_shared_16(to, inside ? read_chunk(source, from, chunk * kChunkElements) : uint4{0, 0, 0, 0});
-      }
-    }
-  }
-}
-
 // The rows of (B, H, L) in order, kHeadDim / 8 lanes for each, 8 columns a lane.
 template <int kHeadDim>
 struct RowSweep {

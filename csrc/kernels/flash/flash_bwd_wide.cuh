@@ -43,9 +43,9 @@ struct WideBackward {
   static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;      // of values too
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim>;  // of dO too
-  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile>;  // P^T, dS^T
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;      // of values too
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;  // of dO too
+  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // P^T, dS^T
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
 
@@ -112,11 +112,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
   const auto fetch_query = [&](int item) {
     const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
-    fill_tile<kThreads>(query_tile(item % Tile::kStages), query, row_of(item));
+    query_tile(item % Tile::kStages).template fill<kThreads>(query, row_of(item));
   };
   const auto fetch_grad = [&](int item) {
     const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
-    fill_tile<kThreads>(grad_tile(item % Tile::kGradStages), grad, row_of(item));
+    grad_tile(item % Tile::kGradStages).template fill<kThreads>(grad, row_of(item));
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
-  fill_tile<kThreads, KeyOrder>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  fill_tile<kThreads, KeyOrder>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+  value_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
   bool mask_from_registers = false;
   if constexpr (kEdit == ScoreEdit::kMaskGradient) mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   for (int item = 0; item < items; ++item) {
     start_anew();
     // This query tile has landed; every warp is done with the one before, its stages and its scores.
-    cp_async_wait_all();
+    wait_for_copies<Arch>();
     __syncthreads();
     if (item + 1 < items) {
       if constexpr (Tile::kStages > 1) fetch_query(item + 1);
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   }
 
   // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
-  cp_async_wait_all();
+  wait_for_copies<Arch>();
   __syncthreads();
   const auto put = [&](const float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::KeyTile& tile,
                        float factor) {
