@@ -39,11 +39,32 @@ cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, bool kSharedMask>
 cudaError_t launch_narrow(const BackwardParams& p, cudaStream_t stream) {
-  using Tile = NarrowTile<Arch, kHeadDim, kEdit>;
+  using Tile = NarrowTile<Arch, kHeadDim, kEdit, kSharedMask>;
   return launch_main_backward<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>,
                               narrow_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+}
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
+cudaError_t narrow_backward(const BackwardParams& p, cudaStream_t stream) {
+  if constexpr (has_mask(kEdit) && kHeadDim <= 64 && Arch::kAsyncCopy) {
+    using Tile = NarrowTile<Arch, kHeadDim, kEdit>;
+    using Plain = NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>;
+    using Shared = NarrowBackward<Arch, T, kHeadDim, NarrowTile<Arch, kHeadDim, kEdit, true>, kEdit>;
+    if (Shared::MaskTile::fits(p)) {
+      int device = 0, limit = 0;
+      if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+      const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+      if (error != cudaSuccess) return error;
+      constexpr int kReserved = 1024;  // bytes of every block
+      const auto blocks = [&](int bytes) { return std::min(limit / (bytes + kReserved), Tile::kBlocksPerSm); };
+      // The mask's place must not cost a multiprocessor a block, as it would on sm80.
+      if (blocks(Shared::kSharedBytes) == blocks(Plain::kSharedBytes)) {
+        return launch_narrow<Arch, T, kHeadDim, kEdit, true>(p, stream);
+      }
+    }
+  }
+  return launch_narrow<Arch, T, kHeadDim, kEdit, false>(p, stream);
 }
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
 cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
@@ -56,7 +77,7 @@ cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 64) {
-    return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
+    return narrow_backward<Arch, T, kHeadDim, kEdit>(p, stream);
   } else if constexpr (!Arch::kAsyncCopy) {  // sm75: 64 KB
     static_assert(kHeadDim <= 128);
     using Tile = WideTile<128, 8, 1, 2, 32, 1, 1, Arch::kSharedBytes>;
@@ -69,7 +90,7 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
     if constexpr (kHeadDim <= 128) {
       using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
       if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
-      return launch_narrow<Arch, T, kHeadDim, kEdit>(p, stream);
+      return narrow_backward<Arch, T, kHeadDim, kEdit>(p, stream);
     } else {
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
       using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;

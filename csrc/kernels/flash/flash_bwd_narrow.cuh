@@ -15,15 +15,17 @@
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
 #include "score_dropout.cuh"
-#include "score_mask.cuh"
+#include "score_mask_bwd.cuh"
 #include "tile.cuh"
 
 namespace sdpa {
 
 // dK and dV take kKeyBlocks * kHeadDim registers of a lane; the rest follows from that. A long key tile keeps the
 // number of float32 additions to dQ low: every key tile adds to every dQ row once.
-template <class Arch, int kHeadDim, ScoreEdit kEdit>
+// kSharedMask_: the mask is one that SharedMask takes.
+template <class Arch, int kHeadDim, ScoreEdit kEdit, bool kSharedMask_ = false>
 struct NarrowTile {
+  static constexpr bool kSharedMask = kSharedMask_;
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
@@ -41,7 +43,8 @@ struct NarrowTile {
 // Head dims to 64. There are 64 KB of shared memory, and copies go through registers, which a second stage would not
 // hide: more warps do.
 template <int kHeadDim, ScoreEdit kEdit>
-struct NarrowTile<Sm75, kHeadDim, kEdit> {
+struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
+  static constexpr bool kSharedMask = false;
   static constexpr int kWarps = 8, kKeyBlocks = 1;
   static constexpr int kQueries = kHeadDim <= 32 ? 128 : 64;
   static constexpr int kStep = kEdit == ScoreEdit::kNone ? 32 : 16;
@@ -76,8 +79,11 @@ struct NarrowBackward {
 
   static constexpr int kQueryOffset = KeyTile::kBytes * (Tile::kValueInRegisters ? 1 : 2);
   static constexpr int kScoreOffset = kQueryOffset + (kStages + kGradStages) * QueryTile::kBytes;
-  static constexpr int kRowOffset = kScoreOffset + ScoreTile::kBytes;  // LSE, delta, rest of LSE
-  static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  using MaskTile = SharedMask<kQueryTile, kKeyTile>;
+  static constexpr int kMaskOffset = kScoreOffset + ScoreTile::kBytes;
+  static constexpr int kRowOffset = kMaskOffset + (Tile::kSharedMask ? MaskTile::kBytes : 0);
+  static constexpr int kPlaceOffset = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
 };
 
@@ -104,7 +110,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
 
-  // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | LSE | delta | rest of LSE.
+  // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | mask, if so | LSE | delta |
+  // rest of LSE | where in the mask's gradient the tile of scores begins.
   const uint32_t base = shared_address(shared);
   const typename Flash::KeyTile key_tile{base};
   // Values on their way into registers pass through the keys' place.
@@ -114,9 +121,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   };
   const auto grad_tile = [&](int stage) { return query_tile(Flash::kStages + stage); };
   const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset};
+  const typename Flash::MaskTile mask_tile{base + Flash::kMaskOffset};
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
   float* const shared_delta = shared_lse + kQueryTile;
   float* const shared_rest = shared_delta + kQueryTile;
+  float** const shared_place = reinterpret_cast<float**>(shared + Flash::kPlaceOffset);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
@@ -127,15 +136,16 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
   };
 
-  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
-  const int tiles = query_tiles - first_tile;
+  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group. For the mask's
+  // gradient each batch starts at another tile, so that those which share it do not add to the same place at once.
+  const int tiles = query_tiles - first_tile, start = kEdit == ScoreEdit::kMaskGradient ? batch : 0;
   int items = tiles * group;
   if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
     const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
     if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
   }
   const auto head_of = [&](int item) { return key_head * group + item / tiles; };
-  const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
+  const auto row_of = [&](int item) { return (first_tile + (item + start) % tiles) * kQueryTile; };
   const auto fetch_query = [&](int item) {
     const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
     query_tile(item % Flash::kStages).template fill<kThreads>(query, row_of(item));
@@ -143,6 +153,9 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const auto fetch_grad = [&](int item) {
     const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
     grad_tile(item % Flash::kGradStages).template fill<kThreads>(grad, row_of(item));
+  };
+  const auto fetch_mask = [&](int item) {
+    if constexpr (Tile::kSharedMask) mask_tile.template fill<kThreads>(p, batch, head_of(item), row_of(item), k0);
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
@@ -152,7 +165,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
     return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
   };
-  const auto publish_row = [&](const float3& row) {
+  const auto publish_row = [&](const float3& row, int item) {
+    if (kEdit == ScoreEdit::kMaskGradient && threadIdx.x == 0) {
+      const int64_t* const stride = p.grad_mask_stride;
+      *shared_place = p.grad_mask + batch * stride[0] + head_of(item) * stride[1] + row_of(item) * stride[2] + k0;
+    }
     if (threadIdx.x >= kQueryTile) return;
     // +inf makes every probability of a row with nothing to attend to 0.
     shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
@@ -175,13 +192,13 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
 
   constexpr bool kMaskGradient = kEdit == ScoreEdit::kMaskGradient;
-  const bool mask_from_registers = kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p);
   float grad_key[kKeyBlocks][kHeadDim / 8][4] = {}, grad_value[kKeyBlocks][kHeadDim / 8][4] = {};
 
   if (items > 0) {
     fetch_query(0);
     fetch_grad(0);
-    publish_row(read_row(0));
+    fetch_mask(0);
+    publish_row(read_row(0), 0);
   }
 #pragma unroll 1
   for (int item = 0; item < items; ++item) {
@@ -197,6 +214,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     const int q0 = row_of(item);
     const auto query = query_tile(item % Flash::kStages), grad = grad_tile(item % Flash::kGradStages);
 
+    const bool mask_from_registers =
+        kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p) && q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
     const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
     int steps = kQueryTile / kStep;
     if constexpr (kEdit != ScoreEdit::kNone || !Arch::kAsyncCopy)
@@ -204,7 +223,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
       TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
-      if constexpr (kHasMask) {
+      if constexpr (kHasMask && !Tile::kSharedMask) {
         mask.read_early(p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
                         k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
@@ -236,7 +255,12 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
       }
 
       // log2 of P^T, -inf where a query must not attend
-      if constexpr (kHasMask) {
+      if constexpr (Tile::kSharedMask) {
+        const int row = step * kStep + lane % 4 * 2;
+        transposed_log2_probability<true>(
+            scores, p.mask_kind, scale_log2, shared_lse + row, shared_rest + row,
+            [&](auto& run) { mask_tile.read(run, row, KeyOrder::key(warp_block * 16 + lane / 4)); });
+      } else if constexpr (kHasMask) {
         start_anew();
         mask.log2_probability(scores, p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
                               k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2,
@@ -316,10 +340,9 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         }
         if constexpr (kMaskGradient) {
           if (mask_from_registers) {
-            start_anew();
-            MaskGradientRuns<kKeyBlocks>::add(scores, 2 * k, p, batch, head_of(item),
-                                              q0 + query_block * 16 + lane % 4 * 2,
-                                              k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+            const int row = query_block * 16 + lane % 4 * 2, key = KeyOrder::key(warp_block * 16 + lane / 4);
+            const int64_t stride = p.grad_mask_stride[2];
+            MaskGradientRuns<kKeyBlocks>::add(scores, 2 * k, *shared_place + row * stride + key, stride, kQueryTile);
           }
         }
 #pragma unroll
@@ -340,6 +363,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     if (item + 1 < items) {
       if constexpr (Flash::kStages == 1) fetch_query(item + 1);
       if constexpr (Flash::kGradStages == 1) fetch_grad(item + 1);
+      fetch_mask(item + 1);
     }
     const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
 
@@ -380,7 +404,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         }
       }
     }
-    publish_row(next_row);
+    publish_row(next_row, item + 1);
   }
 
   // dK and dV leave through the key tile, where each warp has its rows.

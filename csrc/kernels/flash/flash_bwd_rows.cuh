@@ -89,6 +89,12 @@ struct MaskGradientRuns {
     if (key >= p.S) return;
     const int64_t* const stride = p.grad_mask_stride;
     float* const to = p.grad_mask + batch * stride[0] + head * stride[1] + query * stride[2] + key;
+    add(scores, n, to, stride[2], static_cast<int>(p.L) - query);
+  }
+  // The same; `to` is the place of this lane's first query and key, and `rows` queries from there on exist.
+  template <int kCols>
+  static __device__ __forceinline__ void add(const float (&scores)[kKeyBlocks][kCols][4], int n, float* to,
+                                             int64_t query_stride, int rows) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = i / 2 * 8 + i % 2;
@@ -98,7 +104,7 @@ struct MaskGradientRuns {
         run[2 * m] = scores[m][n + i / 2][i % 2];
         run[2 * m + 1] = scores[m][n + i / 2][i % 2 + 2];
       }
-      if (query + row < p.L) reduce(to + row * stride[2], run);
+      if (row < rows) reduce(to + row * query_stride, run);
     }
   }
 };

@@ -14,7 +14,7 @@
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
 #include "score_dropout.cuh"
-#include "score_mask.cuh"
+#include "score_mask_bwd.cuh"
 #include "tile.cuh"
 
 namespace sdpa {

@@ -1,5 +1,5 @@
-// The mask tensor, read in place: which keys a lane holds so that it can read its entries with wide loads, what they do
-// to the scores, and their gradient. Only kernels for calls with a mask know of it.
+// The mask tensor, read in place: which keys a lane holds so that it can read its entries with wide loads, and what
+// they do to the scores. Only kernels for calls with a mask know of it. The backward's part: score_mask_bwd.cuh.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,21 +17,13 @@
 namespace sdpa {
 
 // Which key stands in a row of a key or value tile. Attention does not care about the order of its keys, and the mma
-// layout scatters a lane's keys over the tile; these orders give a lane neighbouring keys, so that it reads its entries
-// of the mask with a few wide loads.
+// layout scatters a lane's keys over the tile; this order and the backward's RowRuns give a lane neighbouring keys, so
+// that it reads its entries of the mask with a few wide loads.
 //
 // Forward (keys are the columns of the scores): element i of accumulator n is key kRows / 4 * (lane % 4) + 2 n + i % 2.
 template <int kRows>
 struct ColumnRuns {
   static __host__ __device__ constexpr int key(int row) { return row % 8 / 2 * (kRows / 4) + row / 8 * 2 + row % 2; }
-};
-// Backward (keys are the rows): element i of accumulators m is key 2 kBlocks * (lane / 4) + 2 m + i / 2 of its warp.
-template <int kBlocks>
-struct RowRuns {
-  static constexpr int kRun = 2 * kBlocks;
-  static __host__ __device__ constexpr int key(int row) {
-    return row / (16 * kBlocks) * (16 * kBlocks) + row % 8 * kRun + row % (16 * kBlocks) / 8;
-  }
 };
 
 // A bias lower than this, in powers of two, counts as this: the log2(e)-fold of a type's lowest value would be -inf,
@@ -62,6 +54,15 @@ struct MaskRun {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(from) + n);
         words[4 * n] = v.x, words[4 * n + 1] = v.y, words[4 * n + 2] = v.z, words[4 * n + 3] = v.w;
       }
+    }
+  }
+
+  __device__ __forceinline__ void read_shared(uint32_t from) {
+    static_assert(kBytes == 4 || kBytes == 8);
+    if constexpr (kBytes == 4) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from));
+    } else {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from));
     }
   }
 
@@ -97,8 +98,24 @@ struct MaskRun {
   // An entry of a bool mask.
   __device__ __forceinline__ bool takes_part(int n) const { return (words[n / 4] & 0xffu << n % 4 * 8) != 0; }
 
-  // The lowest entry.
+  // Each entry becomes the lower one of the two.
+  __device__ __forceinline__ void take_lower(const MaskRun& other) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(words) / 4); ++i) {
+      if constexpr (sizeof(M) == 4) {
+        words[i] = __float_as_uint(fminf(__uint_as_float(words[i]), __uint_as_float(other.words[i])));
+      } else {
+        using Pair = std::conditional_t<std::is_same_v<M, __half>, __half2, __nv_bfloat162>;
+        Pair a, b;
+        memcpy(&a, &words[i], sizeof(a));
+        memcpy(&b, &other.words[i], sizeof(b));
+        a = __hmin2(a, b);
+        memcpy(&words[i], &a, sizeof(a));
+      }
+    }
+  }
 
+  // The lowest entry.
   __device__ __forceinline__ float lowest() const {
     if constexpr (sizeof(M) == 4) {
       float x = __uint_as_float(words[0]);
@@ -303,122 +320,5 @@ struct FloatMask {
     });
   }
 };
-
-// Backward: this lane's entries for one step of transposed scores. They are read before the step's products, so that
-// the loads are on their way meanwhile, unless they would take too many registers.
-template <int kKeyBlocks, int kCols, int kEarlyWords>
-struct TransposedMask {
-  static constexpr int kRuns = 2 * kCols, kCount = 2 * kKeyBlocks;
-  uint32_t words[kRuns][kEarlyWords > 0 ? kEarlyWords : 1];
-
-  template <class M>
-  static constexpr bool kIsEarly = kCount * sizeof(M) <= kEarlyWords * 4;
-
-  static __device__ __forceinline__ constexpr int offset(int n) { return n / 2 * 8 + n % 2; }
-
-  // `query` and `key` are this lane's first.
-  __device__ __forceinline__ void read_early(const ForwardParams& p, int batch, int head, int query, int key) {
-    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      if constexpr (!std::is_void_v<M>) {
-        if constexpr (kIsEarly<M>) {
-          MaskRun<M, kCount> run[kRuns];
-          HeadMask<M>(p, batch, head).read(run, query, key, offset);
-#pragma unroll
-          for (int n = 0; n < kRuns; ++n) memcpy(words[n], run[n].words, sizeof(run[n].words));
-        }
-      }
-    });
-  }
-
-  // log2 of P^T from scores. lse and rest are those of this lane's first query.
-  __device__ __forceinline__ void log2_probability(float (&scores)[kKeyBlocks][kCols][4], const ForwardParams& p,
-                                                   int batch, int head, int query, int key, float scale_log2,
-                                                   const float* lse, const float* rest) const {
-    with_mask_type(p.mask_kind, [&]<class M>(const M*) {
-      const auto each = [&](auto f) {
-#pragma unroll
-        for (int n = 0; n < kCols; ++n) {
-          const float2 row_lse = *reinterpret_cast<const float2*>(lse + n * 8);
-          const float2 row_rest = *reinterpret_cast<const float2*>(rest + n * 8);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              f(scores[m][n][i], 2 * n + i % 2, 2 * m + i / 2, i % 2 == 0 ? row_lse.x : row_lse.y,
-                i % 2 == 0 ? row_rest.x : row_rest.y);
-            }
-          }
-        }
-      };
-      if constexpr (std::is_void_v<M>) {
-        each([&](float& score, int, int, float lse, float) { score = fmaf(score, scale_log2, -lse); });
-      } else {
-        MaskRun<M, kCount> run[kRuns];
-        if constexpr (kIsEarly<M>) {
-#pragma unroll
-          for (int n = 0; n < kRuns; ++n) memcpy(run[n].words, words[n], sizeof(run[n].words));
-        } else {
-          HeadMask<M>(p, batch, head).read(run, query, key, offset);
-        }
-        if constexpr (sizeof(M) == 1) {
-          each([&](float& score, int n, int entry, float lse, float) {
-            score = run[n].takes_part(entry) ? fmaf(score, scale_log2, -lse) : -INFINITY;
-          });
-        } else if (are_plain(run)) {
-          each([&](float& score, int n, int entry, float lse, float rest) {
-            score = run[n].template apply<true>(score, scale_log2, entry) - lse - rest;
-          });
-        } else {
-          each([&](float& score, int n, int entry, float lse, float rest) {
-            score = run[n].template apply<false>(score, scale_log2, entry) - lse - rest;
-          });
-        }
-      }
-    });
-  }
-};
-
-// Adds a tile of dS^T to the mask's gradient. It comes from shared memory, where a lane can take the keys that let a
-// warp add to 128 bytes in a row. What the mask broadcasts over is summed up first, as far as it lies in the tile.
-template <class T, int kWarps, class KeyOrder, class ScoreTile>
-__device__ __forceinline__ void add_mask_gradient(const ScoreTile& tile, const BackwardParams& p, int batch, int head,
-                                                  int q0, int k0) {
-  constexpr int kKeyGroups = ScoreTile::kRows / 32, kShares = kWarps / kKeyGroups;
-  static_assert(kKeyGroups * kShares == kWarps);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = warp % kKeyGroups * 32 + lane, key = k0 + KeyOrder::key(row);
-  const int64_t query_stride = p.grad_mask_stride[2], key_stride = p.grad_mask_stride[3];
-  float* const to =
-      p.grad_mask + batch * p.grad_mask_stride[0] + head * p.grad_mask_stride[1] + int64_t{key} * key_stride;
-  const auto warp_sum = [](float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-    return x;
-  };
-  // dS is zero outside L x S.
-  float total = 0.f;
-#pragma unroll 1
-  for (int chunk = warp / kKeyGroups; chunk < ScoreTile::kChunksPerRow; chunk += kShares) {
-    const uint4 v = load_shared_16(tile.base + ScoreTile::offset(row, chunk));
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < kChunkElements; ++i) {
-      const int query = q0 + chunk * kChunkElements + i;
-      const float2 pair = unpack<T>(words[i / 2]);
-      const float x = i % 2 == 0 ? pair.x : pair.y;
-      if (query_stride == 0) {
-        total += x;
-      } else if (key_stride == 0) {
-        const float sum = warp_sum(x);
-        if (lane == 0 && query < p.L) atomicAdd(to + query * query_stride, sum);
-      } else if (query < p.L && key < p.S) {
-        atomicAdd(to + query * query_stride, x);
-      }
-    }
-  }
-  if (query_stride != 0) return;
-  if (key_stride == 0) total = warp_sum(total);
-  if (key_stride == 0 ? lane == 0 : key < p.S) atomicAdd(to, total);
-}
 
 }  // namespace sdpa
