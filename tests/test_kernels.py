@@ -282,6 +282,19 @@ def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
         assert torch.equal(check(which, *tensors, mask)[0], output)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
+@paths
+def test_masks_with_aligned_rows(use_path, which, path, dtype, kind):
+    """Kernels may copy such a mask 16 bytes at a time. Rows end inside 16 bytes; batches share the mask."""
+    use_path(which, path, dtype)
+    tensors = [make(3, 2, n, 64, dtype=getattr(torch, dtype), device="cuda") for n in (333, 589, 589)]
+    mask = torch.randn(2, 333, 592, device="cuda")
+    mask = (mask > -0.5 if kind == "bool" else mask.to(getattr(torch, kind)))[:, :, :589]
+    if kind != "bool":
+        mask.requires_grad_()
+    check(which, *tensors, mask)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @paths
 def test_forward_is_bitwise_repeatable(use_path, which, path, dtype, is_causal):

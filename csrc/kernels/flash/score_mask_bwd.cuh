@@ -23,8 +23,8 @@ struct RowRuns {
   }
 };
 
-// The log2 of P^T, from S^T. read(run) reads this lane's entries of the mask, a run for each of its queries; lse and rest
-// are those of the first. kPacked: a mask of at most 16 bits.
+// The log2 of P^T, from S^T. read(run) reads this lane's entries of the mask, a run for each of its queries; lse and
+// rest are those of the first. kPacked: a mask of at most 16 bits.
 template <bool kPacked, int kKeyBlocks, int kCols, class Read>
 __device__ __forceinline__ void transposed_log2_probability(float (&scores)[kKeyBlocks][kCols][4], MaskKind kind,
                                                             float scale_log2, const float* lse, const float* rest,
