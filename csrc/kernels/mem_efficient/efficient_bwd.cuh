@@ -14,6 +14,7 @@
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_bwd_tf32.cuh"
+#include "efficient_bwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
 #include "tile.h"
@@ -476,6 +477,9 @@ cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
     return efficient::tf32_backward<Arch, kHeadDim>(p, stream);
   } else {
+    if constexpr (efficient::kHasVolta<Arch, T>) {
+      if (efficient::is_one_tile<kHeadDim>(p)) return efficient::volta_backward<Arch, kHeadDim>(p, stream);
+    }
     return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
   }
 }

@@ -1,0 +1,383 @@
+// Memory-efficient attention, backward, float16 on Volta's tensor cores, head dims up to kHeadDim; bitwise repeatable
+// but for the gradient of a mask that broadcasts. What is computed, and in which kernels, is what efficient_bwd.cuh
+// does: delta; a block per tile of keys, for dK and dV; a block per tile of queries, for dQ and the mask's gradient.
+//
+// A block's own rows (keys and values, or queries and dO) stay in registers; the others come in tiles, which serve both
+// the scores or dP and a gradient. P and dS go from one to the other without leaving the registers.
+#pragma once
+
+#include <algorithm>
+
+#include "../arch/arch.h"
+#include "volta_tile.h"
+
+namespace sdpa {
+
+namespace efficient {
+
+template <class Arch, int kHeadDim>
+struct VoltaBackward {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kColumns = 32;
+  static constexpr int kBlocksPerSm = kHeadDim == 32 ? 3 : 2;
+  static constexpr bool kIsEarly = kHeadDim < 128;
+  static constexpr bool kHasBothResults = kHeadDim < 128;  // dK and dV: registers for both
+  using Warp = VoltaTile<1, 2, kColumns, kHeadDim>;
+  static constexpr int kRows = kWarps * Warp::kRows;
+  static constexpr int kTileBytes = Warp::kTileOctets * static_cast<int>(sizeof(Octet));
+  static constexpr int kStatisticsBytes = StatisticsTile<kColumns>::kFloats * static_cast<int>(sizeof(float));
+  static constexpr int kMaskBytes =
+      kWarps * static_cast<int>(sizeof(float)) * std::max(kMaskFloats<false, Warp>, kMaskFloats<true, Warp>);
+  using RowA = RowOperand<Warp>;                                      // of S
+  using RowB = RowOperand<Warp, kHeadDim == 128 ? 8 : kHeadDim / 8>;  // of dP
+  static constexpr int kRestBytes = kThreads * RowB::kRestCount * static_cast<int>(sizeof(Octet));
+  static constexpr int kPassageBytes = kThreads * RowA::kCount * static_cast<int>(sizeof(Octet));
+  static constexpr int kSharedBytes =
+      kRestBytes + std::max(2 * kTileBytes + kStatisticsBytes + kMaskBytes, kPassageBytes);
+  static_assert(kBlocksPerSm * kSharedBytes <= Arch::kSharedBytes);
+
+  // Shared memory: what RowB has there, the two tiles, statistics, each warp's place for a mask.
+  __device__ __forceinline__ static Octet* tiles(float4* shared) {
+    return reinterpret_cast<Octet*>(shared) + kRestBytes / sizeof(Octet);
+  }
+  __device__ __forceinline__ static float* statistics(float4* shared) {
+    return reinterpret_cast<float*>(tiles(shared)) + 2 * kTileBytes / sizeof(float);
+  }
+  __device__ __forceinline__ static float* mask_tile(float4* shared) {
+    return statistics(shared) + StatisticsTile<kColumns>::kFloats +
+           threadIdx.x / 32 * (kMaskBytes / kWarps / sizeof(float));
+  }
+};
+
+constexpr int kVoltaDeltaRows = 128;  // of a block; a quad pair has 8
+
+// Adds up as dP is: where one key has all of a row's probability, dP - delta is then exactly 0. So it is the diagonal
+// of a product, of 8 rows by 8.
+template <class Arch>
+__global__ void __launch_bounds__(kVoltaDeltaRows) volta_delta_kernel(const __grid_constant__ BackwardParams p) {
+  const QuadPairLane at{static_cast<int>(threadIdx.x % 32)};
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kVoltaDeltaRows + threadIdx.x / 32 * 32;
+  const int64_t row = first + 8 * at.quad_pair() + at.n();
+  const bool is_inside = row < p.B * p.H * p.L;
+  const int64_t some_row = is_inside ? row : 0, head_index = some_row / p.L;  // all lanes of the warp take part
+  const int query = static_cast<int>(some_row % p.L);
+  const auto output = OctetMatrix::of(p.output, head_index / p.H, head_index % p.H, p.L, p.Ev);
+  const auto grad_output = OctetMatrix::of(p.grad_output, head_index / p.H, head_index % p.H, p.L, p.Ev);
+  float product[2][4] = {};
+#pragma unroll 2
+  for (int col = 0; col < p.Ev; col += 8) {
+    const Octet a = grad_output.octet(query, col), b = output.octet(query, col);
+    mma_8x8x4<true, 2>(product[0], product[1], 0, a.x, a.y, b.x, b.y);
+    mma_8x8x4<true, 2>(product[0], product[1], 0, a.z, a.w, b.z, b.w);
+  }
+  // The lane has row n() and columns n() - n() % 2 .. n() of it.
+  const float left = at.right()  ? (at.high() ? product[1][2] : product[1][0])
+                     : at.high() ? product[0][2]
+                                 : product[0][0];
+  const float right = at.right()  ? (at.high() ? product[1][3] : product[1][1])
+                      : at.high() ? product[0][3]
+                                  : product[0][1];
+  if (is_inside) p.delta[row] = at.odd() ? right : left;
+}
+
+template <class Tile>
+__device__ __forceinline__ void store_gradient(const Matrix<__half>& gradient, const Tile& t,
+                                               const Results<Tile>& result, int first_row, float factor) {
+#pragma unroll
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
+#pragma unroll
+    for (int c = 0; c < Tile::kResultsOwned; c += 4) {
+      const float x[4] = {result[i][c] * factor, result[i][c + 1] * factor, result[i][c + 2] * factor,
+                          result[i][c + 3] * factor};
+      gradient.store(first_row + t.row(i), t.result_column(c), x);
+    }
+  }
+}
+
+// dK and dV, or one of them. Rows are keys, columns queries.
+template <class Arch, int kHeadDim, bool kMakesKey, bool kMakesValue>
+__global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, VoltaBackward<Arch, kHeadDim>::kBlocksPerSm)
+    volta_grad_key_value_kernel(const __grid_constant__ BackwardParams p) {
+  using Shape = VoltaBackward<Arch, kHeadDim>;
+  using Warp = typename Shape::Warp;
+  constexpr int kColumns = Shape::kColumns;
+  extern __shared__ float4 shared_memory[];
+  Octet* const query_tile = Shape::tiles(shared_memory);
+  Octet* const grad_output_tile = query_tile + Warp::kTileOctets;
+  const StatisticsTile<kColumns> statistics{Shape::statistics(shared_memory)};
+  float* const mask_tile = Shape::mask_tile(shared_memory);
+  const Warp t = Warp::of_thread();
+
+  // Under causality the first keys have most to do: start them first, those of all heads.
+  const int key_heads = static_cast<int>(p.H / p.group), heads = static_cast<int>(p.B) * key_heads;
+  const int key_tiles = static_cast<int>(ceil_div(p.S, Shape::kRows));
+  const int head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / key_tiles;
+  const int tile_index = p.is_causal ? blockIdx.x / heads : blockIdx.x % key_tiles;
+  int batch = head_index / key_heads;
+  const int key_head = head_index % key_heads;
+  const int first_key = tile_index * Shape::kRows;
+  const int warp_key = first_key + static_cast<int>(threadIdx.x / 32) * Warp::kRows;
+  const bool wants_key = kMakesKey && p.grad_key.data != nullptr;
+  const bool wants_value = kMakesValue && p.grad_value.data != nullptr;
+  const bool drops = p.dropout_p > 0.f;
+
+  typename Shape::RowA key;
+  typename Shape::RowB value;
+  key.load(OctetMatrix::of(p.key, batch, key_head, p.S, p.E), warp_key, query_tile, Shape::kThreads);
+  if (kMakesKey) {
+    value.load(OctetMatrix::of(p.value, batch, key_head, p.S, p.Ev), warp_key, query_tile, Shape::kThreads,
+               reinterpret_cast<Octet*>(shared_memory));
+  }
+  Results<Warp> grad_key = {}, grad_value = {};
+  OctetsInFlight<Warp, Shape::kThreads, Shape::kIsEarly> queries_in_flight, grads_in_flight;
+
+#pragma unroll 1
+  for (int head = key_head * static_cast<int>(p.group), next_head = head + static_cast<int>(p.group); head < next_head;
+       ++head) {
+    // Addresses start anew from the parameters wherever they are used: the products need their registers.
+    const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
+    const auto queries = [&] {
+      start_anew();
+      return OctetMatrix::of(p.query, batch, head, p.L, p.E);
+    };
+    const auto grads = [&] {
+      start_anew();
+      return OctetMatrix::of(p.grad_output, batch, head, p.L, p.Ev);
+    };
+    const auto fetch = [&](int first_query) {
+      queries_in_flight.load(queries(), first_query);
+      grads_in_flight.load(grads(), first_query);
+    };
+    const int query_begin = Mask::of(p, 0, 0).query_begin(first_key) / kColumns * kColumns;
+    fetch(query_begin);
+#pragma unroll 1
+    for (int first_query = query_begin; first_query < p.L; first_query += kColumns) {
+      __syncthreads();  // nobody reads the tiles any more
+      queries_in_flight.store(query_tile, queries(), first_query);
+      grads_in_flight.store(grad_output_tile, grads(), first_query);
+      if (const int n = fresh_thread_index(); n < kColumns) {
+        statistics.store(n, QueryStatistics::of(p, batch * p.H + head, first_query + n, wants_key));
+      }
+      __syncthreads();
+      const bool is_seen = warp_key < p.S && !(p.is_causal && first_query + kColumns <= warp_key);
+      if (!is_seen) {
+        fetch(first_query + kColumns);
+        continue;
+      }
+
+      const ScoreOrigin<true> origin{warp_key, first_query};
+      Scores<Warp> score = {};
+      multiply_scores(score, t, key, query_tile);
+      start_anew();
+      scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), mask_tile, origin);
+#pragma unroll
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+        const RowReference reference = statistics.reference(t.column(j));
+#pragma unroll
+        for (int i = 0; i < Warp::kRowsOwned; ++i) score[i][j] = reference.probability(score[i][j]);
+      }
+      if (drops) {  // what is dropped is kept in mind as the sign
+        const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
+        for_each_keep(t, dropout, p.first_batch_head + batch * p.H + head, origin, [&](int i, int j, bool keep) {
+          score[i][j] = keep ? score[i][j] : copysignf(score[i][j], -1.f);
+        });
+      }
+      if (wants_value) {
+        Scores<Warp> kept;
+#pragma unroll
+        for (int i = 0; i < Warp::kRowsOwned; ++i) {
+#pragma unroll
+          for (int j = 0; j < Warp::kColumnsOwned; ++j) kept[i][j] = signbit(score[i][j]) ? 0.f : score[i][j];
+        }
+        const auto operand = ScoreOperand<Warp>::of(kept, t);
+        if (!wants_key) fetch(first_query + kColumns);
+        multiply_result(grad_value, t, operand, grad_output_tile);
+      }
+      if (wants_key) {
+        Scores<Warp> grad = {};
+        multiply_scores(grad, t, value, grad_output_tile);
+        const float rescale = Dropout::make(p.dropout_p, 0).rescale;  // 1 without dropout
+#pragma unroll
+        for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+          const float delta = statistics.delta(t.column(j));
+#pragma unroll
+          for (int i = 0; i < Warp::kRowsOwned; ++i) {
+            if (drops) grad[i][j] *= signbit(score[i][j]) ? 0.f : rescale;
+            grad[i][j] = fabsf(score[i][j]) * (grad[i][j] - delta);
+          }
+        }
+        const auto operand = ScoreOperand<Warp>::of(grad, t);
+        fetch(first_query + kColumns);
+        multiply_result(grad_key, t, operand, query_tile);
+      }
+    }
+  }
+  if (wants_value) {
+    const float rescale = Dropout::make(p.dropout_p, 0).rescale;
+    store_gradient(Matrix<__half>::of(p.grad_value, batch, key_head, p.S, p.Ev), t, grad_value, warp_key, rescale);
+  }
+  if (wants_key) {
+    store_gradient(Matrix<__half>::of(p.grad_key, batch, key_head, p.S, p.E), t, grad_key, warp_key, p.scale);
+  }
+}
+
+// Adds a lane's dS to the mask's gradient. Where the mask broadcasts along the keys a row is summed up first.
+template <class Tile>
+__device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, const Tile& t, int b, int h,
+                                                  ScoreOrigin<false> origin, const Scores<Tile>& grad) {
+  const int64_t* const stride = p.grad_mask_stride;
+  float* const head = p.grad_mask + b * stride[0] + h * stride[1];
+#pragma unroll
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
+    const int query = origin.query() + t.row(i);
+    float* const row = head + query * stride[2];
+    if (stride[3] == 0) {
+      float sum = 0.f;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnsOwned; ++j) sum += grad[i][j];  // what lies outside L x S has P = 0
+      sum = Tile::row_sum(sum);
+      if (query < p.L && t.is_first_of_row()) atomicAdd(row, sum);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnsOwned; ++j) {
+        const int key = origin.key() + t.column(j);
+        if (query < p.L && key < p.S) atomicAdd(row + key * stride[3], grad[i][j]);
+      }
+    }
+  }
+}
+
+// dQ and the mask's gradient. Rows are queries, columns keys.
+template <class Arch, int kHeadDim>
+__global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, VoltaBackward<Arch, kHeadDim>::kBlocksPerSm)
+    volta_grad_query_kernel(const __grid_constant__ BackwardParams p) {
+  using Shape = VoltaBackward<Arch, kHeadDim>;
+  using Warp = typename Shape::Warp;
+  constexpr int kColumns = Shape::kColumns;
+  extern __shared__ float4 shared_memory[];
+  Octet* const key_tile = Shape::tiles(shared_memory);
+  Octet* const value_tile = key_tile + Warp::kTileOctets;
+  float* const mask_tile = Shape::mask_tile(shared_memory);
+  const Warp t = Warp::of_thread();
+
+  const int heads = static_cast<int>(p.B * p.H);
+  const int query_tiles = static_cast<int>(ceil_div(p.L, Shape::kRows));
+  const int head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / query_tiles;
+  const int tile_index =
+      p.is_causal ? query_tiles - 1 - static_cast<int>(blockIdx.x / heads) : blockIdx.x % query_tiles;
+  int batch = head_index / static_cast<int>(p.H), head = head_index % static_cast<int>(p.H);
+  const int first_query = tile_index * Shape::kRows;
+  const int warp_query = first_query + static_cast<int>(threadIdx.x / 32) * Warp::kRows;
+
+  // Addresses start anew from the parameters wherever they are used: the products need their registers.
+  const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
+  const auto keys = [&] {
+    start_anew();
+    return OctetMatrix::of(p.key, batch, head / p.group, p.S, p.E);
+  };
+  const auto values = [&] {
+    start_anew();
+    return OctetMatrix::of(p.value, batch, head / p.group, p.S, p.Ev);
+  };
+  OctetsInFlight<Warp, Shape::kThreads, Shape::kIsEarly> keys_in_flight, values_in_flight;
+  const auto fetch = [&](int first_key) {
+    keys_in_flight.load(keys(), first_key);
+    values_in_flight.load(values(), first_key);
+  };
+
+  typename Shape::RowA query;
+  typename Shape::RowB grad_output;
+  query.load(OctetMatrix::of(p.query, batch, head, p.L, p.E), warp_query, key_tile, Shape::kThreads);
+  grad_output.load(OctetMatrix::of(p.grad_output, batch, head, p.L, p.Ev), warp_query, key_tile, Shape::kThreads,
+                   reinterpret_cast<Octet*>(shared_memory));
+  RowReference reference[Warp::kRowsOwned];
+  float delta[Warp::kRowsOwned];
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    const auto statistics = QueryStatistics::of(p, head_index, warp_query + t.row(i), true);
+    reference[i] = statistics.reference;
+    delta[i] = statistics.delta;
+  }
+  Results<Warp> grad_query = {};
+
+  const auto key_end = [&](int query_end) { return Mask::of(p, 0, 0).key_end(query_end); };
+  const int block_key_end = key_end(first_query + Shape::kRows);
+  const int warp_key_end = warp_query < p.L ? key_end(warp_query + Warp::kRows) : 0;
+  fetch(0);
+#pragma unroll 1
+  for (int first_key = 0; first_key < block_key_end; first_key += kColumns) {
+    __syncthreads();  // nobody reads the tiles any more
+    keys_in_flight.store(key_tile, keys(), first_key);
+    values_in_flight.store(value_tile, values(), first_key);
+    __syncthreads();
+    if (first_key >= warp_key_end) {
+      fetch(first_key + kColumns);
+      continue;
+    }
+    const ScoreOrigin<false> origin{warp_query, first_key};
+    Scores<Warp> score = {};
+    multiply_scores(score, t, query, key_tile);
+    start_anew();
+    scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), mask_tile, origin);
+#pragma unroll
+    for (int i = 0; i < Warp::kRowsOwned; ++i) {
+#pragma unroll
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = reference[i].probability(score[i][j]);
+    }
+    Scores<Warp> grad = {};
+    multiply_scores(grad, t, grad_output, value_tile);
+    if (p.dropout_p > 0.f) {
+      const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
+      for_each_keep(t, dropout, p.first_batch_head + head_index, origin,
+                    [&](int i, int j, bool keep) { grad[i][j] = keep ? grad[i][j] * dropout.rescale : 0.f; });
+    }
+#pragma unroll
+    for (int i = 0; i < Warp::kRowsOwned; ++i) {
+#pragma unroll
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) grad[i][j] = score[i][j] * (grad[i][j] - delta[i]);
+    }
+    if (p.grad_mask != nullptr) add_mask_gradient(p, t, batch, head, origin, grad);
+    const auto operand = ScoreOperand<Warp>::of(grad, t);
+    fetch(first_key + kColumns);
+    multiply_result(grad_query, t, operand, key_tile);
+  }
+  if (p.grad_query.data != nullptr) {
+    store_gradient(Matrix<__half>::of(p.grad_query, batch, head, p.L, p.E), t, grad_query, warp_query, p.scale);
+  }
+}
+
+template <auto kKernel, class Shape>
+cudaError_t launch_volta_backward(const BackwardParams& p, int64_t heads, int64_t rows, cudaStream_t stream) {
+  if (heads * rows == 0) return cudaSuccess;
+  if (const cudaError_t error = allow_shared_bytes<kKernel>(Shape::kSharedBytes); error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>(heads * ceil_div(rows, Shape::kRows));
+  kKernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class Arch, int kHeadDim>
+cudaError_t volta_backward(const BackwardParams& p, cudaStream_t stream) {
+  using Shape = VoltaBackward<Arch, kHeadDim>;
+  const bool wants_key = p.grad_key.data != nullptr, wants_value = p.grad_value.data != nullptr;
+  const bool wants_query = p.grad_query.data != nullptr || p.grad_mask != nullptr;
+  cudaError_t error = cudaSuccess;
+  if (const int64_t rows = p.B * p.H * p.L; rows > 0 && (wants_query || wants_key)) {
+    volta_delta_kernel<Arch><<<static_cast<unsigned>(ceil_div(rows, kVoltaDeltaRows)), kVoltaDeltaRows, 0, stream>>>(p);
+    if (error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  const auto launch_key_value = [&]<bool kMakesKey, bool kMakesValue>() {
+    constexpr auto kKernel = &volta_grad_key_value_kernel<Arch, kHeadDim, kMakesKey, kMakesValue>;
+    return launch_volta_backward<kKernel, Shape>(p, p.B * (p.H / p.group), p.S, stream);
+  };
+  if constexpr (Shape::kHasBothResults) {
+    if (wants_key || wants_value) error = launch_key_value.template operator()<true, true>();
+  } else {
+    if (wants_key) error = launch_key_value.template operator()<true, false>();
+    if (wants_value && error == cudaSuccess) error = launch_key_value.template operator()<false, true>();
+  }
+  if (error != cudaSuccess || !wants_query) return error;
+  return launch_volta_backward<&volta_grad_query_kernel<Arch, kHeadDim>, Shape>(p, p.B * p.H, p.L, stream);
+}
+
+}  // namespace efficient
+
+}  // namespace sdpa
