@@ -28,9 +28,9 @@ struct VoltaBackward {
   static constexpr int kMaskBytes =
       kWarps * static_cast<int>(sizeof(float)) * std::max(kMaskFloats<false, Warp>, kMaskFloats<true, Warp>);
   using RowA = RowOperand<Warp>;                                      // of S
-  using RowB = RowOperand<Warp, kHeadDim == 128 ? 8 : kHeadDim / 8>;  // of dP
+  using RowB = RowOperand<Warp, kHeadDim == 128 ? 6 : kHeadDim / 8>;  // of dP
   static constexpr int kRestBytes = kThreads * RowB::kRestCount * static_cast<int>(sizeof(Octet));
-  static constexpr int kPassageBytes = kThreads * RowA::kCount * static_cast<int>(sizeof(Octet));
+  static constexpr int kPassageBytes = kThreads * RowA::kPassage * static_cast<int>(sizeof(Octet));
   static constexpr int kSharedBytes =
       kRestBytes + std::max(2 * kTileBytes + kStatisticsBytes + kMaskBytes, kPassageBytes);
   static_assert(kBlocksPerSm * kSharedBytes <= Arch::kSharedBytes);
@@ -44,7 +44,7 @@ struct VoltaBackward {
   }
   __device__ __forceinline__ static float* mask_tile(float4* shared) {
     return statistics(shared) + StatisticsTile<kColumns>::kFloats +
-           threadIdx.x / 32 * (kMaskBytes / kWarps / sizeof(float));
+           fresh_thread_index() / 32 * (kMaskBytes / kWarps / static_cast<int>(sizeof(float)));
   }
 };
 
@@ -104,8 +104,6 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
   Octet* const query_tile = Shape::tiles(shared_memory);
   Octet* const grad_output_tile = query_tile + Warp::kTileOctets;
   const StatisticsTile<kColumns> statistics{Shape::statistics(shared_memory)};
-  float* const mask_tile = Shape::mask_tile(shared_memory);
-  const Warp t = Warp::of_thread();
 
   // Under causality the first keys have most to do: start them first, those of all heads.
   const int key_heads = static_cast<int>(p.H / p.group), heads = static_cast<int>(p.B) * key_heads;
@@ -164,11 +162,12 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
         continue;
       }
 
+      const Warp t = Warp::of_thread();
       const ScoreOrigin<true> origin{warp_key, first_query};
       Scores<Warp> score = {};
       multiply_scores(score, t, key, query_tile);
       start_anew();
-      scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), mask_tile, origin);
+      scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), Shape::mask_tile(shared_memory), origin);
 #pragma unroll
       for (int j = 0; j < Warp::kColumnsOwned; ++j) {
         const RowReference reference = statistics.reference(t.column(j));
@@ -211,6 +210,7 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
       }
     }
   }
+  const Warp t = Warp::of_thread();
   if (wants_value) {
     const float rescale = Dropout::make(p.dropout_p, 0).rescale;
     store_gradient(Matrix<__half>::of(p.grad_value, batch, key_head, p.S, p.Ev), t, grad_value, warp_key, rescale);
@@ -256,68 +256,48 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
   extern __shared__ float4 shared_memory[];
   Octet* const key_tile = Shape::tiles(shared_memory);
   Octet* const value_tile = key_tile + Warp::kTileOctets;
-  float* const mask_tile = Shape::mask_tile(shared_memory);
-  const Warp t = Warp::of_thread();
+  auto block = QueryBlock<Shape::kRows, Warp::kRows>::of(p);
 
-  const int heads = static_cast<int>(p.B * p.H);
-  const int query_tiles = static_cast<int>(ceil_div(p.L, Shape::kRows));
-  const int head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / query_tiles;
-  const int tile_index =
-      p.is_causal ? query_tiles - 1 - static_cast<int>(blockIdx.x / heads) : blockIdx.x % query_tiles;
-  int batch = head_index / static_cast<int>(p.H), head = head_index % static_cast<int>(p.H);
-  const int first_query = tile_index * Shape::kRows;
-  const int warp_query = first_query + static_cast<int>(threadIdx.x / 32) * Warp::kRows;
-
-  // Addresses start anew from the parameters wherever they are used: the products need their registers.
-  const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
-  const auto keys = [&] {
-    start_anew();
-    return OctetMatrix::of(p.key, batch, head / p.group, p.S, p.E);
-  };
-  const auto values = [&] {
-    start_anew();
-    return OctetMatrix::of(p.value, batch, head / p.group, p.S, p.Ev);
-  };
   OctetsInFlight<Warp, Shape::kThreads, Shape::kIsEarly> keys_in_flight, values_in_flight;
   const auto fetch = [&](int first_key) {
-    keys_in_flight.load(keys(), first_key);
-    values_in_flight.load(values(), first_key);
+    keys_in_flight.load(block.keys(p), first_key);
+    values_in_flight.load(block.values(p), first_key);
   };
 
   typename Shape::RowA query;
   typename Shape::RowB grad_output;
-  query.load(OctetMatrix::of(p.query, batch, head, p.L, p.E), warp_query, key_tile, Shape::kThreads);
-  grad_output.load(OctetMatrix::of(p.grad_output, batch, head, p.L, p.Ev), warp_query, key_tile, Shape::kThreads,
-                   reinterpret_cast<Octet*>(shared_memory));
+  query.load(OctetMatrix::of(p.query, block.batch, block.head, p.L, p.E), block.warp_query(), key_tile,
+             Shape::kThreads);
+  grad_output.load(OctetMatrix::of(p.grad_output, block.batch, block.head, p.L, p.Ev), block.warp_query(), key_tile,
+                   Shape::kThreads, reinterpret_cast<Octet*>(shared_memory));
   RowReference reference[Warp::kRowsOwned];
   float delta[Warp::kRowsOwned];
 #pragma unroll
   for (int i = 0; i < Warp::kRowsOwned; ++i) {
-    const auto statistics = QueryStatistics::of(p, head_index, warp_query + t.row(i), true);
+    const auto statistics =
+        QueryStatistics::of(p, block.head_index(p), block.warp_query() + Warp::of_thread().row(i), true);
     reference[i] = statistics.reference;
     delta[i] = statistics.delta;
   }
   Results<Warp> grad_query = {};
 
-  const auto key_end = [&](int query_end) { return Mask::of(p, 0, 0).key_end(query_end); };
-  const int block_key_end = key_end(first_query + Shape::kRows);
-  const int warp_key_end = warp_query < p.L ? key_end(warp_query + Warp::kRows) : 0;
   fetch(0);
 #pragma unroll 1
-  for (int first_key = 0; first_key < block_key_end; first_key += kColumns) {
+  for (int first_key = 0; first_key < block.key_end(p); first_key += kColumns) {
     __syncthreads();  // nobody reads the tiles any more
-    keys_in_flight.store(key_tile, keys(), first_key);
-    values_in_flight.store(value_tile, values(), first_key);
+    keys_in_flight.store(key_tile, block.keys(p), first_key);
+    values_in_flight.store(value_tile, block.values(p), first_key);
     __syncthreads();
-    if (first_key >= warp_key_end) {
+    if (first_key >= block.warp_key_end(p)) {
       fetch(first_key + kColumns);
       continue;
     }
-    const ScoreOrigin<false> origin{warp_query, first_key};
+    const Warp t = Warp::of_thread();
+    const ScoreOrigin<false> origin{block.warp_query(), first_key};
     Scores<Warp> score = {};
     multiply_scores(score, t, query, key_tile);
-    start_anew();
-    scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), mask_tile, origin);
+    block.start_anew();
+    scale_and_mask(score, t, p.scale, Mask::of(p, block.batch, block.head), Shape::mask_tile(shared_memory), origin);
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
 #pragma unroll
@@ -327,7 +307,7 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
     multiply_scores(grad, t, grad_output, value_tile);
     if (p.dropout_p > 0.f) {
       const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
-      for_each_keep(t, dropout, p.first_batch_head + head_index, origin,
+      for_each_keep(t, dropout, p.first_batch_head + block.head_index(p), origin,
                     [&](int i, int j, bool keep) { grad[i][j] = keep ? grad[i][j] * dropout.rescale : 0.f; });
     }
 #pragma unroll
@@ -335,13 +315,14 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
 #pragma unroll
       for (int j = 0; j < Warp::kColumnsOwned; ++j) grad[i][j] = score[i][j] * (grad[i][j] - delta[i]);
     }
-    if (p.grad_mask != nullptr) add_mask_gradient(p, t, batch, head, origin, grad);
+    if (p.grad_mask != nullptr) add_mask_gradient(p, t, block.batch, block.head, origin, grad);
     const auto operand = ScoreOperand<Warp>::of(grad, t);
     fetch(first_key + kColumns);
     multiply_result(grad_query, t, operand, key_tile);
   }
   if (p.grad_query.data != nullptr) {
-    store_gradient(Matrix<__half>::of(p.grad_query, batch, head, p.L, p.E), t, grad_query, warp_query, p.scale);
+    const auto gradient = Matrix<__half>::of(p.grad_query, block.batch, block.head, p.L, p.E);
+    store_gradient(gradient, Warp::of_thread(), grad_query, block.warp_query(), p.scale);
   }
 }
 

@@ -55,6 +55,50 @@ struct OctetMatrix {
   }
 };
 
+// Which part of a problem is a block's whose rows are queries.
+template <int kRows, int kWarpRows>
+struct QueryBlock {
+  int batch, head, key_head, first_query;
+
+  // Under causality the last queries have most to do: start them first, those of all heads.
+  __device__ __forceinline__ static QueryBlock of(const ForwardParams& p) {
+    const unsigned heads = static_cast<unsigned>(p.B * p.H), H = static_cast<unsigned>(p.H);
+    const unsigned tiles = static_cast<unsigned>(ceil_div(p.L, kRows));
+    const unsigned head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / tiles;
+    const unsigned tile = p.is_causal ? tiles - 1 - blockIdx.x / heads : blockIdx.x % tiles;
+    const unsigned head = head_index % H;
+    return {static_cast<int>(head_index / H), static_cast<int>(head),
+            static_cast<int>(head / static_cast<unsigned>(p.group)), static_cast<int>(tile * kRows)};
+  }
+
+  // What is computed from it is computed anew from here on: kept, it would hold registers that the products need.
+  __device__ __forceinline__ void start_anew() {
+    asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head), "+r"(first_query));
+  }
+
+  __device__ __forceinline__ int64_t head_index(const ForwardParams& p) const { return batch * p.H + head; }
+  __device__ __forceinline__ int warp_query() const { return first_query + fresh_thread_index() / 32 * kWarpRows; }
+  // Keys from here on are seen by none of the block's queries, of the warp's.
+  __device__ __forceinline__ int key_end(const ForwardParams& p) const { return key_end(p, first_query + kRows); }
+  __device__ __forceinline__ int warp_key_end(const ForwardParams& p) const {
+    return warp_query() < p.L ? key_end(p, warp_query() + kWarpRows) : 0;
+  }
+  __device__ __forceinline__ OctetMatrix keys(const ForwardParams& p) {
+    start_anew();
+    return OctetMatrix::of(p.key, batch, key_head, p.S, p.E);
+  }
+  __device__ __forceinline__ OctetMatrix values(const ForwardParams& p) {
+    start_anew();
+    return OctetMatrix::of(p.value, batch, key_head, p.S, p.Ev);
+  }
+
+ private:
+  __device__ __forceinline__ static int key_end(const ForwardParams& p, int query_end) {
+    const int S = static_cast<int>(p.S);
+    return p.is_causal ? min(S, query_end) : S;
+  }
+};
+
 // A warp's share of a tile: kRowBlocks * 32 / kShare rows of it, by kScoreColumns columns of scores, by kResultColumns
 // of a result. kShare quad pairs share their rows, and take a part of the columns each: every quad pair multiplies
 // operands of 8 * kRowBlocks rows with what comes from shared memory, and that is read once for each quad pair, so
@@ -90,10 +134,19 @@ struct VoltaTile {
     return first_row() + 32 / kShare * block + 8 * at.right();
   }
   __device__ __forceinline__ int column(int j) const {
-    return kColumnShare * share() + 8 * (j >> 2) + 4 * at.right() + (j & 3);
+    return kColumnShare * share() + 8 * (j >> 2) + 4 * at.right() + (j & 3 ^ turned(share()));
   }
   __device__ __forceinline__ int result_column(int c) const {
-    return kResultShare * share() + 8 * (c >> 2) + 4 * at.right() + (c & 3);
+    return 8 * result_octet(c >> 3, c >> 2 & 1) + 4 * at.right() + (c & 3);
+  }
+
+  // Quad pairs that share rows read different rows of a tile, or different columns, at the same time, and are not to
+  // meet in a bank. So one of the two takes its runs of four columns in the order 2, 3, 0, 1, and of the result they
+  // take 32 columns in turns (16 where there are no more).
+  __device__ __forceinline__ static int turned(int share) { return 2 * share; }
+  __device__ __forceinline__ int result_octet(int group, int half) const {
+    constexpr int kTogether = kShare == 1 ? kResultGroups : kResultGroups < 2 ? kResultGroups : 2;
+    return 2 * (group % kTogether) + half + 2 * kTogether * share() + 2 * kTogether * kShare * (group / kTogether);
   }
 
   // Over the lanes that share a row.
@@ -117,24 +170,31 @@ struct RowOperand {
   const Octet* rest;  // the lane's
   int threads;
 
-  // `rest` has kRestCount octets a thread, `passage`, which is free afterwards, kCount: to fill shared memory takes no
-  // unrolled loop.
+  static constexpr int kPassage = kCount < 8 ? kCount : 8;
+
+  // `rest` has kRestCount octets a thread, `passage`, which is free afterwards, kPassage: to fill shared memory takes
+  // no unrolled loop.
   __device__ __forceinline__ void load(const OctetMatrix& m, int first_row, Octet* passage, int threads,
                                        Octet* rest = nullptr) {
     const Tile t = Tile::of_thread();
-    const auto fill = [&](Octet* place, int count, int first_octet, int octets) {
-#pragma unroll 4
-      for (int n = 0; n < count; ++n) {
-        place[n * threads] = m.octet(first_row + t.operand_row(n / octets), (first_octet + n % octets) * 8);
-      }
-    };
+    const auto octet = [&](int block, int n) { return m.octet(first_row + t.operand_row(block), n * 8); };
     passage += fresh_thread_index();
-    fill(passage, kCount, 0, kKept);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) at[n / kKept][n % kKept] = passage[n * threads];
+    for (int first = 0; first < kCount; first += kPassage) {
+#pragma unroll 4
+      for (int n = first; n < min(first + kPassage, kCount); ++n) {
+        passage[(n - first) * threads] = octet(n / kKept, n % kKept);
+      }
+#pragma unroll
+      for (int n = first; n < min(first + kPassage, kCount); ++n) {
+        at[n / kKept][n % kKept] = passage[(n - first) * threads];
+      }
+    }
     if constexpr (kRestCount > 0) {
       rest += fresh_thread_index();
-      fill(rest, kRestCount, kKept, Tile::kOctets - kKept);
+      constexpr int kOctets = Tile::kOctets - kKept;
+#pragma unroll 4
+      for (int n = 0; n < kRestCount; ++n) rest[n * threads] = octet(n / kOctets, kKept + n % kOctets);
     }
     this->rest = rest;
     this->threads = threads;
@@ -186,23 +246,26 @@ template <class Tile, int kKept>
 __device__ __forceinline__ void multiply_scores(Scores<Tile>& score, const Tile& t, const RowOperand<Tile, kKept>& rows,
                                                 const Octet* columns) {
   // So that of a block's 8 columns a lane comes to own 4 in a run.
-  const int column = 4 * t.at.right() + 2 * t.at.high() + t.at.odd();
+  const int column = (4 * t.at.right() + 2 * t.at.high() + t.at.odd()) ^ Tile::turned(t.share());
   const Octet* const first = columns + (Tile::kColumnShare * t.share() + column) * Tile::kStride;
 #pragma unroll
   for (int n = 0; n < Tile::kOctets; ++n) {
     Octet a[Tile::kRowBlocks];
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks; ++i) a[i] = rows.octet(i, n);
+    Octet b[Tile::kColumnBlocks];
 #pragma unroll
-    for (int j = 0; j < Tile::kColumnBlocks; ++j) {
-      const Octet b = first[8 * j * Tile::kStride + n];
+    for (int j = 0; j < Tile::kColumnBlocks; ++j) b[j] = first[8 * j * Tile::kStride + n];
+    // All sums in turn: one that follows upon itself has to wait.
 #pragma unroll
-      for (int i = 0; i < Tile::kRowBlocks; ++i) {
-        mma_8x8x4<true, 2>(score[2 * i], score[2 * i + 1], 4 * j, a[i].x, a[i].y, b.x, b.y);
-      }
+    for (int step = 0; step < 2; ++step) {
 #pragma unroll
-      for (int i = 0; i < Tile::kRowBlocks; ++i) {
-        mma_8x8x4<true, 2>(score[2 * i], score[2 * i + 1], 4 * j, a[i].z, a[i].w, b.z, b.w);
+      for (int j = 0; j < Tile::kColumnBlocks; ++j) {
+#pragma unroll
+        for (int i = 0; i < Tile::kRowBlocks; ++i) {
+          mma_8x8x4<true, 2>(score[2 * i], score[2 * i + 1], 4 * j, step == 0 ? a[i].x : a[i].z,
+                             step == 0 ? a[i].y : a[i].w, step == 0 ? b[j].x : b[j].z, step == 0 ? b[j].y : b[j].w);
+        }
       }
     }
   }
@@ -261,15 +324,16 @@ struct ScoreOperand {
 template <class Tile>
 __device__ __forceinline__ void multiply_share(Results<Tile>& result, const Tile& t, const ScoreOperand<Tile>& scores,
                                                int share, const Octet* rows) {
-  const Octet* const first = rows + (Tile::kColumnShare * share + t.at.lane % 4) * Tile::kStride + t.at.high() +
-                             Tile::kResultShare / 8 * t.share();
+  const Octet* const first = rows +
+                             (Tile::kColumnShare * share + (t.at.lane % 4 ^ Tile::turned(share))) * Tile::kStride +
+                             t.result_octet(0, t.at.high());
 #pragma unroll
   for (int j = 0; j < Tile::kColumnBlocks; ++j) {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int c = 0; c < Tile::kResultGroups; ++c) {
-        const Octet b = first[(8 * j + 4 * step) * Tile::kStride + 2 * c];
+        const Octet b = first[(8 * j + 4 * step) * Tile::kStride + t.result_octet(c, 0) - t.result_octet(0, 0)];
 #pragma unroll
         for (int i = 0; i < Tile::kRowBlocks; ++i) {
           const uint4& a = scores.at[i][j];
