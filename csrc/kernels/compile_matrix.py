@@ -68,7 +68,7 @@ VOLTA_KERNELS = {
         "efficient::grad_query_kernel<Sm70, {T}, {D}>",
     ],
 }
-VOLTA_HALF_KERNELS = {  # besides
+VOLTA_HALF_KERNELS = {  # of float16; heads wider than 128 are for the others
     "forward": ["efficient::volta_forward_kernel<Sm70, {D}>"],
     "backward": [
         "efficient::volta_delta_kernel<Sm70>",
@@ -80,7 +80,9 @@ VOLTA_HALF_KERNELS = {  # besides
 
 
 def volta_kernels(v: Variant) -> list[str]:
-    names = VOLTA_KERNELS[v.direction] + (VOLTA_HALF_KERNELS[v.direction] if v.dtype == "float16" else [])
+    names = VOLTA_HALF_KERNELS[v.direction] if v.dtype == "float16" else []
+    if v.dtype != "float16" or v.head_dim == 128:
+        names = names + VOLTA_KERNELS[v.direction]
     both = "true" if v.head_dim < 128 else "false"
     return list(dict.fromkeys(name.format(T=CPP_TYPE[v.dtype], D=v.head_dim, both=both) for name in names))
 

@@ -18,10 +18,10 @@ namespace efficient {
 template <class Arch, int kHeadDim>
 struct VoltaBackward {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kColumns = 32;
-  static constexpr int kBlocksPerSm = kHeadDim == 32 ? 3 : 2;
+  static constexpr int kBlocksPerSm = 2;
   static constexpr bool kIsEarly = kHeadDim < 128;
   static constexpr bool kHasBothResults = kHeadDim < 128;  // dK and dV: registers for both
-  using Warp = VoltaTile<1, 2, kColumns, kHeadDim>;
+  using Warp = VoltaTile<1, kHeadDim == 32 ? 1 : 2, kColumns, kHeadDim>;
   static constexpr int kRows = kWarps * Warp::kRows;
   static constexpr int kTileBytes = Warp::kTileOctets * static_cast<int>(sizeof(Octet));
   static constexpr int kStatisticsBytes = StatisticsTile<kColumns>::kFloats * static_cast<int>(sizeof(float));
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kVoltaDeltaRows) volta_delta_kernel(const __gr
 #pragma unroll 2
   for (int col = 0; col < p.Ev; col += 8) {
     const Octet a = grad_output.octet(query, col), b = output.octet(query, col);
+    __syncwarp();  // heads need not be aligned alike
     mma_8x8x4<true, 2>(product[0], product[1], 0, a.x, a.y, b.x, b.y);
     mma_8x8x4<true, 2>(product[0], product[1], 0, a.z, a.w, b.z, b.w);
   }
@@ -93,6 +94,53 @@ __device__ __forceinline__ void store_gradient(const Matrix<__half>& gradient, c
   }
 }
 
+// A query's statistics on their way from memory, as they are there: what follows from them waits until they are used.
+struct StatisticsInFlight {
+  float lse, rest, delta;
+
+  __device__ __forceinline__ void load(const BackwardParams& p, int batch, int head, int query, bool wants_delta) {
+    lse = rest = delta = 0.f;
+    if (query >= p.L) return;
+    const int64_t row = (batch * p.H + head) * p.L + query;
+    lse = p.logsumexp[row];
+    if (p.logsumexp_rest != nullptr) rest = p.logsumexp_rest[row];
+    if (wants_delta) delta = p.delta[row];
+  }
+  __device__ __forceinline__ QueryStatistics get(const BackwardParams& p) const {
+    if (lse == -INFINITY) return {{INFINITY, 0.f}, delta};  // as RowReference::of
+    return {{lse, p.logsumexp_rest != nullptr ? rest - product_rest(lse) : 0.f}, delta};
+  }
+};
+
+// As QueryBlock, for a block whose rows are keys, and for one query head after the other.
+template <int kRows, int kWarpRows>
+struct KeyBlock {
+  int batch, head, first_key;
+
+  // Under causality the first keys have most to do: start them first, those of all heads.
+  __device__ __forceinline__ static KeyBlock of(const ForwardParams& p) {
+    const unsigned group = static_cast<unsigned>(p.group), key_heads = static_cast<unsigned>(p.H) / group;
+    const unsigned heads = static_cast<unsigned>(p.B) * key_heads, tiles = static_cast<unsigned>(ceil_div(p.S, kRows));
+    const unsigned head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / tiles;
+    const unsigned tile = p.is_causal ? blockIdx.x / heads : blockIdx.x % tiles;
+    return {static_cast<int>(head_index / key_heads), static_cast<int>(head_index % key_heads * group),
+            static_cast<int>(tile * kRows)};
+  }
+
+  __device__ __forceinline__ void start_anew() { asm volatile("" : "+r"(batch), "+r"(head), "+r"(first_key)); }
+
+  __device__ __forceinline__ int key_head(const ForwardParams& p) const { return head / static_cast<int>(p.group); }
+  __device__ __forceinline__ int warp_key() const { return first_key + fresh_thread_index() / 32 * kWarpRows; }
+  __device__ __forceinline__ OctetMatrix queries(const BackwardParams& p) {
+    start_anew();
+    return OctetMatrix::of(p.query, batch, head, p.L, p.E);
+  }
+  __device__ __forceinline__ OctetMatrix grads(const BackwardParams& p) {
+    start_anew();
+    return OctetMatrix::of(p.grad_output, batch, head, p.L, p.Ev);
+  }
+};
+
 // dK and dV, or one of them. Rows are keys, columns queries.
 template <class Arch, int kHeadDim, bool kMakesKey, bool kMakesValue>
 __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, VoltaBackward<Arch, kHeadDim>::kBlocksPerSm)
@@ -105,118 +153,102 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
   Octet* const grad_output_tile = query_tile + Warp::kTileOctets;
   const StatisticsTile<kColumns> statistics{Shape::statistics(shared_memory)};
 
-  // Under causality the first keys have most to do: start them first, those of all heads.
-  const int key_heads = static_cast<int>(p.H / p.group), heads = static_cast<int>(p.B) * key_heads;
-  const int key_tiles = static_cast<int>(ceil_div(p.S, Shape::kRows));
-  const int head_index = p.is_causal ? blockIdx.x % heads : blockIdx.x / key_tiles;
-  const int tile_index = p.is_causal ? blockIdx.x / heads : blockIdx.x % key_tiles;
-  int batch = head_index / key_heads;
-  const int key_head = head_index % key_heads;
-  const int first_key = tile_index * Shape::kRows;
-  const int warp_key = first_key + static_cast<int>(threadIdx.x / 32) * Warp::kRows;
+  auto block = KeyBlock<Shape::kRows, Warp::kRows>::of(p);
   const bool wants_key = kMakesKey && p.grad_key.data != nullptr;
   const bool wants_value = kMakesValue && p.grad_value.data != nullptr;
-  const bool drops = p.dropout_p > 0.f;
 
   typename Shape::RowA key;
   typename Shape::RowB value;
-  key.load(OctetMatrix::of(p.key, batch, key_head, p.S, p.E), warp_key, query_tile, Shape::kThreads);
+  const int key_head = block.key_head(p);
+  key.load(OctetMatrix::of(p.key, block.batch, key_head, p.S, p.E), block.warp_key(), query_tile, Shape::kThreads);
   if (kMakesKey) {
-    value.load(OctetMatrix::of(p.value, batch, key_head, p.S, p.Ev), warp_key, query_tile, Shape::kThreads,
-               reinterpret_cast<Octet*>(shared_memory));
+    value.load(OctetMatrix::of(p.value, block.batch, key_head, p.S, p.Ev), block.warp_key(), query_tile,
+               Shape::kThreads, reinterpret_cast<Octet*>(shared_memory));
   }
   Results<Warp> grad_key = {}, grad_value = {};
   OctetsInFlight<Warp, Shape::kThreads, Shape::kIsEarly> queries_in_flight, grads_in_flight;
+  StatisticsInFlight statistics_in_flight;
+  const auto fetch = [&](int first_query) {
+    queries_in_flight.load(block.queries(p), first_query);
+    grads_in_flight.load(block.grads(p), first_query);
+    if (const int n = fresh_thread_index(); n < kColumns) {
+      statistics_in_flight.load(p, block.batch, block.head, first_query + n, wants_key);
+    }
+  };
 
 #pragma unroll 1
-  for (int head = key_head * static_cast<int>(p.group), next_head = head + static_cast<int>(p.group); head < next_head;
-       ++head) {
-    // Addresses start anew from the parameters wherever they are used: the products need their registers.
-    const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head)); };
-    const auto queries = [&] {
-      start_anew();
-      return OctetMatrix::of(p.query, batch, head, p.L, p.E);
-    };
-    const auto grads = [&] {
-      start_anew();
-      return OctetMatrix::of(p.grad_output, batch, head, p.L, p.Ev);
-    };
-    const auto fetch = [&](int first_query) {
-      queries_in_flight.load(queries(), first_query);
-      grads_in_flight.load(grads(), first_query);
-    };
-    const int query_begin = Mask::of(p, 0, 0).query_begin(first_key) / kColumns * kColumns;
+  for (int heads_left = static_cast<int>(p.group); heads_left > 0; --heads_left, ++block.head) {
+    const int query_begin = Mask::of(p, 0, 0).query_begin(block.first_key) / kColumns * kColumns;
     fetch(query_begin);
 #pragma unroll 1
     for (int first_query = query_begin; first_query < p.L; first_query += kColumns) {
       __syncthreads();  // nobody reads the tiles any more
-      queries_in_flight.store(query_tile, queries(), first_query);
-      grads_in_flight.store(grad_output_tile, grads(), first_query);
-      if (const int n = fresh_thread_index(); n < kColumns) {
-        statistics.store(n, QueryStatistics::of(p, batch * p.H + head, first_query + n, wants_key));
-      }
+      queries_in_flight.store(query_tile, block.queries(p), first_query);
+      grads_in_flight.store(grad_output_tile, block.grads(p), first_query);
+      if (const int n = fresh_thread_index(); n < kColumns) statistics.store(n, statistics_in_flight.get(p));
       __syncthreads();
-      const bool is_seen = warp_key < p.S && !(p.is_causal && first_query + kColumns <= warp_key);
-      if (!is_seen) {
-        fetch(first_query + kColumns);
-        continue;
-      }
-
-      const Warp t = Warp::of_thread();
-      const ScoreOrigin<true> origin{warp_key, first_query};
-      Scores<Warp> score = {};
-      multiply_scores(score, t, key, query_tile);
-      start_anew();
-      scale_and_mask(score, t, p.scale, Mask::of(p, batch, head), Shape::mask_tile(shared_memory), origin);
-#pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-        const RowReference reference = statistics.reference(t.column(j));
-#pragma unroll
-        for (int i = 0; i < Warp::kRowsOwned; ++i) score[i][j] = reference.probability(score[i][j]);
-      }
-      if (drops) {  // what is dropped is kept in mind as the sign
-        const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
-        for_each_keep(t, dropout, p.first_batch_head + batch * p.H + head, origin, [&](int i, int j, bool keep) {
-          score[i][j] = keep ? score[i][j] : copysignf(score[i][j], -1.f);
-        });
-      }
-      if (wants_value) {
-        Scores<Warp> kept;
-#pragma unroll
-        for (int i = 0; i < Warp::kRowsOwned; ++i) {
-#pragma unroll
-          for (int j = 0; j < Warp::kColumnsOwned; ++j) kept[i][j] = signbit(score[i][j]) ? 0.f : score[i][j];
-        }
-        const auto operand = ScoreOperand<Warp>::of(kept, t);
-        if (!wants_key) fetch(first_query + kColumns);
-        multiply_result(grad_value, t, operand, grad_output_tile);
-      }
-      if (wants_key) {
-        Scores<Warp> grad = {};
-        multiply_scores(grad, t, value, grad_output_tile);
-        const float rescale = Dropout::make(p.dropout_p, 0).rescale;  // 1 without dropout
+      const bool is_seen = block.warp_key() < p.S && !(p.is_causal && first_query + kColumns <= block.warp_key());
+      ScoreOperand<Warp> probability, grad_score;
+      if (is_seen) {
+        const Warp t = Warp::of_thread();
+        const ScoreOrigin<true> origin{block.warp_key(), first_query};
+        Scores<Warp> score = {};
+        multiply_scores(score, t, key, query_tile);
+        block.start_anew();
+        const Mask mask = Mask::of(p, block.batch, block.head);
+        scale_and_mask(score, t, p.scale, mask, Shape::mask_tile(shared_memory), origin);
 #pragma unroll
         for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-          const float delta = statistics.delta(t.column(j));
+          const RowReference reference = statistics.reference(t.column(j));
 #pragma unroll
-          for (int i = 0; i < Warp::kRowsOwned; ++i) {
-            if (drops) grad[i][j] *= signbit(score[i][j]) ? 0.f : rescale;
-            grad[i][j] = fabsf(score[i][j]) * (grad[i][j] - delta);
-          }
+          for (int i = 0; i < Warp::kRowsOwned; ++i) score[i][j] = reference.probability(score[i][j]);
         }
-        const auto operand = ScoreOperand<Warp>::of(grad, t);
-        fetch(first_query + kColumns);
-        multiply_result(grad_key, t, operand, query_tile);
+        if (p.dropout_p > 0.f) {  // what is dropped is kept in mind as the sign
+          const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
+          for_each_keep(
+              t, dropout, p.first_batch_head + block.batch * p.H + block.head, origin,
+              [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] : copysignf(score[i][j], -1.f); });
+        }
+        if (kMakesValue) {
+          Scores<Warp> kept;
+          for_each_score<Warp>([&](int i, int j) { kept[i][j] = signbit(score[i][j]) ? 0.f : score[i][j]; });
+          probability = ScoreOperand<Warp>::of(kept, t);
+        }
+        if (wants_key) {
+          Scores<Warp> grad = {};
+          multiply_scores(grad, t, value, grad_output_tile);
+          if (p.dropout_p > 0.f) {
+            const float rescale = Dropout::make(p.dropout_p, 0).rescale;
+            for_each_score<Warp>([&](int i, int j) { grad[i][j] *= signbit(score[i][j]) ? 0.f : rescale; });
+          }
+#pragma unroll
+          for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+            const float delta = statistics.delta(t.column(j));
+#pragma unroll
+            for (int i = 0; i < Warp::kRowsOwned; ++i) grad[i][j] = fabsf(score[i][j]) * (grad[i][j] - delta);
+          }
+          grad_score = ScoreOperand<Warp>::of(grad, t);
+        }
+      }
+      fetch(first_query + kColumns);
+      if (is_seen) {
+        const Warp t = Warp::of_thread();
+        if (wants_value) multiply_result(grad_value, t, probability, grad_output_tile);
+        if (wants_key) multiply_result(grad_key, t, grad_score, query_tile);
       }
     }
   }
+  --block.head;
+  block.start_anew();
   const Warp t = Warp::of_thread();
   if (wants_value) {
-    const float rescale = Dropout::make(p.dropout_p, 0).rescale;
-    store_gradient(Matrix<__half>::of(p.grad_value, batch, key_head, p.S, p.Ev), t, grad_value, warp_key, rescale);
+    const auto gradient = Matrix<__half>::of(p.grad_value, block.batch, block.key_head(p), p.S, p.Ev);
+    const float rescale = p.dropout_p > 0.f ? Dropout::make(p.dropout_p, 0).rescale : 1.f;
+    store_gradient(gradient, t, grad_value, block.warp_key(), rescale);
   }
   if (wants_key) {
-    store_gradient(Matrix<__half>::of(p.grad_key, batch, key_head, p.S, p.E), t, grad_key, warp_key, p.scale);
+    const auto gradient = Matrix<__half>::of(p.grad_key, block.batch, block.key_head(p), p.S, p.E);
+    store_gradient(gradient, t, grad_key, block.warp_key(), p.scale);
   }
 }
 
@@ -288,37 +320,28 @@ __global__ void __launch_bounds__(VoltaBackward<Arch, kHeadDim>::kThreads, Volta
     keys_in_flight.store(key_tile, block.keys(p), first_key);
     values_in_flight.store(value_tile, block.values(p), first_key);
     __syncthreads();
-    if (first_key >= block.warp_key_end(p)) {
-      fetch(first_key + kColumns);
-      continue;
+    const bool is_seen = first_key < block.warp_key_end(p);
+    ScoreOperand<Warp> grad_score;
+    if (is_seen) {
+      const Warp t = Warp::of_thread();
+      const ScoreOrigin<false> origin{block.warp_query(), first_key};
+      Scores<Warp> score = {}, grad = {};
+      multiply_scores(score, t, query, key_tile);
+      block.start_anew();
+      scale_and_mask(score, t, p.scale, Mask::of(p, block.batch, block.head), Shape::mask_tile(shared_memory), origin);
+      for_each_score<Warp>([&](int i, int j) { score[i][j] = reference[i].probability(score[i][j]); });
+      multiply_scores(grad, t, grad_output, value_tile);
+      if (p.dropout_p > 0.f) {
+        const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
+        for_each_keep(t, dropout, p.first_batch_head + block.head_index(p), origin,
+                      [&](int i, int j, bool keep) { grad[i][j] = keep ? grad[i][j] * dropout.rescale : 0.f; });
+      }
+      for_each_score<Warp>([&](int i, int j) { grad[i][j] = score[i][j] * (grad[i][j] - delta[i]); });
+      if (p.grad_mask != nullptr) add_mask_gradient(p, t, block.batch, block.head, origin, grad);
+      grad_score = ScoreOperand<Warp>::of(grad, t);
     }
-    const Warp t = Warp::of_thread();
-    const ScoreOrigin<false> origin{block.warp_query(), first_key};
-    Scores<Warp> score = {};
-    multiply_scores(score, t, query, key_tile);
-    block.start_anew();
-    scale_and_mask(score, t, p.scale, Mask::of(p, block.batch, block.head), Shape::mask_tile(shared_memory), origin);
-#pragma unroll
-    for (int i = 0; i < Warp::kRowsOwned; ++i) {
-#pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = reference[i].probability(score[i][j]);
-    }
-    Scores<Warp> grad = {};
-    multiply_scores(grad, t, grad_output, value_tile);
-    if (p.dropout_p > 0.f) {
-      const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
-      for_each_keep(t, dropout, p.first_batch_head + block.head_index(p), origin,
-                    [&](int i, int j, bool keep) { grad[i][j] = keep ? grad[i][j] * dropout.rescale : 0.f; });
-    }
-#pragma unroll
-    for (int i = 0; i < Warp::kRowsOwned; ++i) {
-#pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) grad[i][j] = score[i][j] * (grad[i][j] - delta[i]);
-    }
-    if (p.grad_mask != nullptr) add_mask_gradient(p, t, block.batch, block.head, origin, grad);
-    const auto operand = ScoreOperand<Warp>::of(grad, t);
     fetch(first_key + kColumns);
-    multiply_result(grad_query, t, operand, key_tile);
+    if (is_seen) multiply_result(grad_query, Warp::of_thread(), grad_score, key_tile);
   }
   if (p.grad_query.data != nullptr) {
     const auto gradient = Matrix<__half>::of(p.grad_query, block.batch, block.head, p.L, p.E);
@@ -340,7 +363,8 @@ cudaError_t volta_backward(const BackwardParams& p, cudaStream_t stream) {
   using Shape = VoltaBackward<Arch, kHeadDim>;
   const bool wants_key = p.grad_key.data != nullptr, wants_value = p.grad_value.data != nullptr;
   const bool wants_query = p.grad_query.data != nullptr || p.grad_mask != nullptr;
-  cudaError_t error = cudaSuccess;
+  cudaError_t error = is_one_tile<kHeadDim>(p) ? cudaSuccess : cudaErrorInvalidValue;
+  if (error != cudaSuccess) return error;
   if (const int64_t rows = p.B * p.H * p.L; rows > 0 && (wants_query || wants_key)) {
     volta_delta_kernel<Arch><<<static_cast<unsigned>(ceil_div(rows, kVoltaDeltaRows)), kVoltaDeltaRows, 0, stream>>>(p);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;

@@ -156,6 +156,8 @@ template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
     return efficient::tf32_forward<Arch, kHeadDim>(p, stream);
+  } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
+    return efficient::volta_forward<Arch, kHeadDim>(p, stream);
   } else {
     if constexpr (efficient::kHasVolta<Arch, T>) {
       if (efficient::is_one_tile<kHeadDim>(p)) return efficient::volta_forward<Arch, kHeadDim>(p, stream);

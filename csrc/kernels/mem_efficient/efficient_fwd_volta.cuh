@@ -17,7 +17,7 @@ namespace efficient {
 template <class Arch, int kHeadDim>
 struct VoltaForward {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kRowBlocks = kHeadDim == 128 ? 1 : 2, kShare = 2, kKeys = 32;
+  static constexpr int kRowBlocks = kHeadDim == 64 ? 2 : 1, kShare = kHeadDim == 32 ? 1 : 2, kKeys = 32;
   static constexpr int kBlocksPerSm = kHeadDim == 32 ? 3 : 2;
   using Warp = VoltaTile<kRowBlocks, kShare, kKeys, kHeadDim>;
   static constexpr int kRows = kWarps * Warp::kRows;
@@ -115,6 +115,7 @@ template <class Arch, int kHeadDim>
 cudaError_t volta_forward(const ForwardParams& p, cudaStream_t stream) {
   using Shape = VoltaForward<Arch, kHeadDim>;
   constexpr auto kKernel = &volta_forward_kernel<Arch, kHeadDim>;
+  if (!is_one_tile<kHeadDim>(p)) return cudaErrorInvalidValue;
   if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
   if (const cudaError_t error = allow_shared_bytes<kKernel>(Shape::kSharedBytes); error != cudaSuccess) return error;
   const auto grid = static_cast<unsigned>(p.B * p.H * ceil_div(p.L, Shape::kRows));

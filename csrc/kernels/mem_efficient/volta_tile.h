@@ -16,7 +16,9 @@ namespace sdpa::efficient {
 template <class Arch, class T>
 constexpr bool kHasVolta = Arch::kId == 70 && std::is_same_v<T, __half>;
 
-// What these kernels multiply is one tile wide.
+// What these kernels multiply is one tile wide. Wider heads are for float32 arithmetic.
+constexpr int kWidestVolta = 128;
+
 template <int kHeadDim>
 bool is_one_tile(const ForwardParams& p) {
   return p.E <= kHeadDim && p.Ev <= kHeadDim;
@@ -118,7 +120,8 @@ struct VoltaTile {
   static constexpr int kOctets = kWidth / 8;   // of a row
   static constexpr int kStride = kOctets + 1;  // of a row in shared memory: 8 rows side by side hit all 32 banks
   static constexpr int kTileOctets = kColumns * kStride;
-  static_assert(kColumnShare % 16 == 0 && kResultShare % 16 == 0 && (kShare == 1 || kShare == 2));
+  static_assert(kShare == 1 || (kShare == 2 && kResultGroups % 2 == 0));
+  static_assert(kColumnShare % 16 == 0 && kResultShare % 16 == 0);
 
   QuadPairLane at;
 
@@ -134,7 +137,7 @@ struct VoltaTile {
     return first_row() + 32 / kShare * block + 8 * at.right();
   }
   __device__ __forceinline__ int column(int j) const {
-    return kColumnShare * share() + 8 * (j >> 2) + 4 * at.right() + (j & 3 ^ turned(share()));
+    return kColumnShare * share() + 8 * (j >> 2) + 4 * at.right() + ((j & 3) ^ turned(share()));
   }
   __device__ __forceinline__ int result_column(int c) const {
     return 8 * result_octet(c >> 3, c >> 2 & 1) + 4 * at.right() + (c & 3);
@@ -142,10 +145,10 @@ struct VoltaTile {
 
   // Quad pairs that share rows read different rows of a tile, or different columns, at the same time, and are not to
   // meet in a bank. So one of the two takes its runs of four columns in the order 2, 3, 0, 1, and of the result they
-  // take 32 columns in turns (16 where there are no more).
+  // take 32 columns in turns.
   __device__ __forceinline__ static int turned(int share) { return 2 * share; }
   __device__ __forceinline__ int result_octet(int group, int half) const {
-    constexpr int kTogether = kShare == 1 ? kResultGroups : kResultGroups < 2 ? kResultGroups : 2;
+    constexpr int kTogether = kShare == 1 ? kResultGroups : 2;
     return 2 * (group % kTogether) + half + 2 * kTogether * share() + 2 * kTogether * kShare * (group / kTogether);
   }
 
@@ -241,6 +244,16 @@ struct OctetsInFlight {
   }
 };
 
+// Calls f(i, j) for the scores a lane owns.
+template <class Tile, class F>
+__device__ __forceinline__ void for_each_score(F f) {
+#pragma unroll
+  for (int i = 0; i < Tile::kRowsOwned; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnsOwned; ++j) f(i, j);
+  }
+}
+
 // score += rows . columns
 template <class Tile, int kKept>
 __device__ __forceinline__ void multiply_scores(Scores<Tile>& score, const Tile& t, const RowOperand<Tile, kKept>& rows,
@@ -319,13 +332,12 @@ struct ScoreOperand {
   }
 };
 
-// result += scores * rows, for the columns of scores which `share` of the quad pairs has. Where less of the result than
-// `width` is used, the rest is left alone.
+// result += scores * rows, for the columns of scores which `share` of the quad pairs has.
 template <class Tile>
 __device__ __forceinline__ void multiply_share(Results<Tile>& result, const Tile& t, const ScoreOperand<Tile>& scores,
                                                int share, const Octet* rows) {
   const Octet* const first = rows +
-                             (Tile::kColumnShare * share + (t.at.lane % 4 ^ Tile::turned(share))) * Tile::kStride +
+                             (Tile::kColumnShare * share + ((t.at.lane % 4) ^ Tile::turned(share))) * Tile::kStride +
                              t.result_octet(0, t.at.high());
 #pragma unroll
   for (int j = 0; j < Tile::kColumnBlocks; ++j) {
@@ -378,13 +390,9 @@ __device__ __forceinline__ void scale_and_mask(Scores<Tile>& score, const Tile& 
   constexpr int kStride = kMaskStride<kRowsAreKeys, Tile>;
   const int first_query = origin.query(), first_key = origin.key();
   const auto each = [&](auto f) {  // f(score, query, key), in the tile
-#pragma unroll
-    for (int i = 0; i < Tile::kRowsOwned; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::kColumnsOwned; ++j) {
-        f(score[i][j], kRowsAreKeys ? t.column(j) : t.row(i), kRowsAreKeys ? t.row(i) : t.column(j));
-      }
-    }
+    for_each_score<Tile>([&](int i, int j) {
+      f(score[i][j], kRowsAreKeys ? t.column(j) : t.row(i), kRowsAreKeys ? t.row(i) : t.column(j));
+    });
   };
   each([&](float& x, int, int) { x = __fmul_rn(x, scale); });
   if (mask.kind != MaskKind::kNone) {
