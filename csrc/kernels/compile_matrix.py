@@ -80,8 +80,8 @@ VOLTA_HALF_KERNELS = {  # of float16; heads wider than 128 are for the others
 
 
 def volta_kernels(v: Variant) -> list[str]:
-    names = VOLTA_HALF_KERNELS[v.direction] if v.dtype == "float16" else []
-    if v.dtype != "float16" or v.head_dim == 128:
+    names = VOLTA_HALF_KERNELS.get(v.direction, []) if v.dtype == "float16" else []
+    if not names or v.head_dim == 128:
         names = names + VOLTA_KERNELS[v.direction]
     both = "true" if v.head_dim < 128 else "false"
     return list(dict.fromkeys(name.format(T=CPP_TYPE[v.dtype], D=v.head_dim, both=both) for name in names))

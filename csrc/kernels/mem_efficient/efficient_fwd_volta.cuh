@@ -98,11 +98,12 @@ __global__ void __launch_bounds__(VoltaForward<Arch, kHeadDim>::kThreads, VoltaF
     const int row = block.warp_query() + t.row(i);
     const float sum = Warp::row_sum(softmax.sum[i]);
     const bool is_empty = softmax.maximum[i] == -INFINITY && sum == 0.f;
-    const float factor = is_empty ? 0.f : kept / sum;
+    const float factor = kept / sum;
 #pragma unroll
     for (int c = 0; c < Warp::kResultsOwned; c += 4) {
-      const float x[4] = {result[i][c] * factor, result[i][c + 1] * factor, result[i][c + 2] * factor,
-                          result[i][c + 3] * factor};
+      float x[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) x[n] = is_empty ? 0.f : result[i][c + n] * factor;
       output.store(row, t.result_column(c), x);
     }
     if (p.logsumexp != nullptr && t.is_first_of_row() && row < p.L) {
