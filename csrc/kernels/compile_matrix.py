@@ -27,7 +27,17 @@ from check_ptxas import kernels
 from variants import CPP_TYPE, VARIANTS, Target, Variant, newest_path
 
 HERE = Path(__file__).parent
-INSTRUCTIONS = ("HMMA.884", "HMMA.1688.F32.TF32", "HMMA.1688", "HMMA.16816", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "RED")
+INSTRUCTIONS = (
+    "HMMA.884",
+    "HMMA.1688.F32.TF32",
+    "HMMA.1688",
+    "HMMA.16816",
+    "LDSM",
+    "LDGSTS",
+    "FFMA",
+    "MUFU.EX2",
+    "RED",
+)
 
 
 def short(name: str) -> str:
