@@ -27,7 +27,17 @@ from check_ptxas import kernels
 from variants import CPP_TYPE, VARIANTS, Target, Variant, newest_path
 
 HERE = Path(__file__).parent
-INSTRUCTIONS = ("HMMA.1688.F32.TF32", "HMMA.1688", "HMMA.16816", "LDSM", "LDGSTS", "FFMA", "MUFU.EX2", "RED")
+INSTRUCTIONS = (
+    "HMMA.884",
+    "HMMA.1688.F32.TF32",
+    "HMMA.1688",
+    "HMMA.16816",
+    "LDSM",
+    "LDGSTS",
+    "FFMA",
+    "MUFU.EX2",
+    "RED",
+)
 
 
 def short(name: str) -> str:
@@ -40,10 +50,13 @@ def short(name: str) -> str:
 def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
     if nvdisasm is None:
         return {}
-    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+    if done.returncode != 0 and "deprecated" in done.stderr:  # since 13.1 it knows no sm70
+        return {}
+    done.check_returncode()
     found: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
-    for line in text.splitlines():
+    for line in done.stdout.splitlines():
         if match := re.match(r"\s*\.section\s+\.text\.(\S+?),", line):
             current = found.setdefault(match[1], dict.fromkeys(INSTRUCTIONS, 0))
         elif match := re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", line):
@@ -56,15 +69,34 @@ def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
 # NVRTC compiles no host code, so kernels are named one by one. It has neither the C++ library's headers nor the
 # runtime's, only types of the latter.
 VOLTA_KERNELS = {
-    ("efficient", "decode"): ["efficient::decode_kernel<Sm70, {T}, {D}>", "combine_kernel<Sm70, {T}, {D}>"],
-    ("efficient", "forward"): ["efficient::forward_kernel<Sm70, {T}, {D}>"],
-    ("efficient", "backward"): [
+    "decode": ["efficient::decode_kernel<Sm70, {T}, {D}>", "combine_kernel<Sm70, {T}, {D}>"],
+    "forward": ["efficient::forward_kernel<Sm70, {T}, {D}>"],
+    "backward": [
         "efficient::delta_kernel<{T}>",
         "efficient::grad_key_value_kernel<Sm70, {T}, {D}, efficient::KeyGradients::kKey>",
         "efficient::grad_key_value_kernel<Sm70, {T}, {D}, efficient::KeyGradients::kValue>",
         "efficient::grad_query_kernel<Sm70, {T}, {D}>",
     ],
 }
+VOLTA_HALF_KERNELS = {  # of float16; heads wider than 128 are for the others
+    "forward": ["efficient::volta_forward_kernel<Sm70, {D}>"],
+    "backward": [
+        "efficient::volta_delta_kernel<Sm70>",
+        "efficient::volta_grad_key_value_kernel<Sm70, {D}, true, {both}>",
+        "efficient::volta_grad_key_value_kernel<Sm70, {D}, {both}, true>",
+        "efficient::volta_grad_query_kernel<Sm70, {D}>",
+    ],
+}
+
+
+def volta_kernels(v: Variant) -> list[str]:
+    names = VOLTA_HALF_KERNELS.get(v.direction, []) if v.dtype == "float16" else []
+    if not names or v.head_dim == 128:
+        names = names + VOLTA_KERNELS[v.direction]
+    both = "true" if v.head_dim < 128 else "false"
+    return list(dict.fromkeys(name.format(T=CPP_TYPE[v.dtype], D=v.head_dim, both=both) for name in names))
+
+
 STAND_INS = {
     "cuda_runtime.h": "template <class F> __device__ cudaError_t cudaFuncSetAttribute(F, int, int);",
     "cuda_runtime_api.h": "",
@@ -87,11 +119,21 @@ template <class T> constexpr T max(cuda::std::initializer_list<T> all) {
 }
 
 
-def compiled_by_nvrtc(v: Variant, folder: Path | None) -> tuple[list[str], bool]:
+def table_rows(v: Variant, arch: str, said: str, cubin: Path, nvdisasm: str | None) -> tuple[list[str], bool]:
+    instructions = counts(cubin, nvdisasm)
+    rows, good = [], True
+    for _, registers, spilled, _, name in kernels(said):
+        held = ", ".join(f"{n} {i}" for i, n in instructions.get(name, {}).items() if n)
+        rows.append(f"| {v.name} | sm{arch} | {short(name)} | {registers} | {spilled} | {held} |")
+        good = good and spilled == 0
+    return rows, good
+
+
+def compiled_by_nvrtc(v: Variant, folder: Path | None, nvdisasm: str | None) -> tuple[list[str], bool]:
     if folder is None:
         raise SystemExit("--chips 7.0 needs --nvrtc FOLDER; see --help")
     nvrtc = ctypes.CDLL(str(next(folder.glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.12"))))
-    names = [k.format(T=CPP_TYPE[v.dtype], D=v.head_dim) for k in VOLTA_KERNELS[v.backend, v.direction]]
+    names = volta_kernels(v)
     text = f'#include "{v.header}"\nnamespace sdpa {{\n'
     text += "".join(f"__device__ auto* kernel_{i} = &{name};\n" for i, name in enumerate(names)) + "}\n"
     with tempfile.TemporaryDirectory() as stand_ins:
@@ -107,19 +149,23 @@ def compiled_by_nvrtc(v: Variant, folder: Path | None) -> tuple[list[str], bool]
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
+        said = log.value.decode()
+        if failed:
+            error = next((line for line in said.splitlines() if "error" in line), said)
+            return [f"| {v.name} | sm70 | FAILED: {error} | | | |"], False
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    said = log.value.decode()
-    if failed:
-        error = next((line for line in said.splitlines() if "error" in line), said)
-        return [f"| {v.name} | sm70 | FAILED: {error} | | | |"], False
-    found = kernels(said)
-    rows = [f"| {v.name} | sm70 | {short(name)} | {used} | {spilled} | |" for _, used, spilled, _, name in found]
-    return rows, len(found) == len(names) and not any(spilled for _, _, spilled, _, _ in found)
+        cubin = Path(stand_ins) / "volta.cubin"
+        cubin.write_bytes(code.raw)
+        rows, good = table_rows(v, "70", said, cubin, nvdisasm)
+        return rows, good and len(rows) == len(names)
 
 
 def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[list[str], bool]:
     if chip.capability == 70:
-        return compiled_by_nvrtc(v, options.nvrtc)
+        return compiled_by_nvrtc(v, options.nvrtc, options.nvdisasm)
     with tempfile.TemporaryDirectory() as folder:
         cu, cubin = Path(folder) / f"{v.name}.cu", Path(folder) / f"{v.name}.cubin"
         cu.write_text(v.source)
@@ -129,13 +175,7 @@ def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[lis
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             return [f"| {v.name} | sm{arch} | FAILED: {done.stderr.strip().splitlines()[0]} | | | |"], False
-        instructions = counts(cubin, options.nvdisasm)
-        rows, good = [], True
-        for _, registers, spilled, _, name in kernels(done.stdout + done.stderr):
-            held = ", ".join(f"{n} {i}" for i, n in instructions.get(name, {}).items() if n)
-            rows.append(f"| {v.name} | sm{arch} | {short(name)} | {registers} | {spilled} | {held} |")
-            good = good and spilled == 0
-        return rows, good
+        return table_rows(v, arch, done.stdout + done.stderr, cubin, options.nvdisasm)
 
 
 def main() -> int:

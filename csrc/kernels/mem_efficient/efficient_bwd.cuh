@@ -1,5 +1,6 @@
 // Memory-efficient attention, backward: float32 arithmetic, any head dims, any chip from sm_70 up; bitwise
-// repeatable but for the gradient of a mask that broadcasts.
+// repeatable but for the gradient of a mask that broadcasts. (float32 tensors on sm_80 and newer:
+// efficient_bwd_tf32.cuh. float16 on sm_70, up to head dim 128: efficient_bwd_volta.cuh.)
 //
 // With f the dropout factor of a score (0 or rescale) and delta = rowsum(dO * O):
 //   P = exp(score - LSE)   dP = dO V^T   dS = P * (f * dP - delta)
@@ -14,6 +15,7 @@
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_bwd_tf32.cuh"
+#include "efficient_bwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
 #include "tile.h"
@@ -475,7 +477,12 @@ template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
     return efficient::tf32_backward<Arch, kHeadDim>(p, stream);
+  } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
+    return efficient::volta_backward<Arch, kHeadDim>(p, stream);
   } else {
+    if constexpr (efficient::kHasVolta<Arch, T>) {
+      if (efficient::is_one_tile<kHeadDim>(p)) return efficient::volta_backward<Arch, kHeadDim>(p, stream);
+    }
     return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
   }
 }

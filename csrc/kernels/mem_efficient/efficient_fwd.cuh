@@ -1,5 +1,5 @@
 // Memory-efficient attention, forward: float32 arithmetic, any head dims, any chip from sm_70 up. (float32 tensors on
-// sm_80 and newer: efficient_fwd_tf32.cuh.)
+// sm_80 and newer: efficient_fwd_tf32.cuh. float16 on sm_70, up to head dim 128: efficient_fwd_volta.cuh.)
 //
 // A block owns kRows queries of one head and kHeadDim columns of their output, and walks over the keys in tiles.
 // Scores accumulate over chunks of E that pass through shared memory. An output wider than kHeadDim is covered by
@@ -9,6 +9,7 @@
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_fwd_tf32.cuh"
+#include "efficient_fwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
 #include "tile.h"
@@ -155,7 +156,12 @@ template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
     return efficient::tf32_forward<Arch, kHeadDim>(p, stream);
+  } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
+    return efficient::volta_forward<Arch, kHeadDim>(p, stream);
   } else {
+    if constexpr (efficient::kHasVolta<Arch, T>) {
+      if (efficient::is_one_tile<kHeadDim>(p)) return efficient::volta_forward<Arch, kHeadDim>(p, stream);
+    }
     using Tile = efficient::ForwardTile<Arch, kHeadDim>;
     static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
     constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
