@@ -37,27 +37,27 @@ struct Decode {
   static constexpr int kTilesTogether = 8;                // summed up in registers
 };
 
-// Four elements, or one, if n < end, else zero; past L1, since nobody reads them again soon. The predicate is made
-// where it is used: those of a whole tile would take registers.
-__device__ __forceinline__ void load_once(Quad<float>& to, const float* from, int n, int end) {
+// Four elements, or one, if n < end, else zero. In assembler so that the loads stay in this order and each makes its
+// own predicate: those of a whole tile, and all addresses at once, took registers that the kernel lacks.
+__device__ __forceinline__ void load_if(Quad<float>& to, const float* from, int n, int end) {
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %5, %6; mov.f32 %0, 0f00000000; mov.f32 %1, %0; mov.f32 %2, %0; mov.f32 %3, %0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4]; }"
+      "@p ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4]; }"
       : "=&f"(to.at[0]), "=&f"(to.at[1]), "=&f"(to.at[2]), "=&f"(to.at[3])
       : "l"(from), "r"(n), "r"(end));
 }
-__device__ __forceinline__ void load_once(float& to, const float* from, int n, int end) {
+__device__ __forceinline__ void load_if(float& to, const float* from, int n, int end) {
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.f32 %0, 0f00000000;\n"
       "@p ld.global.nc.f32 %0, [%1]; }"
       : "=&f"(to)
       : "l"(from), "r"(n), "r"(end));
 }
-__device__ __forceinline__ void load_once(Quad<__half>& to, const __half* from, int n, int end) {
+__device__ __forceinline__ void load_if(Quad<__half>& to, const __half* from, int n, int end) {
   uint32_t low, high;
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %3, %4; mov.u32 %0, 0; mov.u32 %1, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2]; }"
+      "@p ld.global.nc.v2.u32 {%0,%1}, [%2]; }"
       : "=&r"(low), "=&r"(high)
       : "l"(from), "r"(n), "r"(end));
   to.at[0] = __ushort_as_half(static_cast<unsigned short>(low));
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_once(Quad<__half>& to, const __half* from, 
   to.at[2] = __ushort_as_half(static_cast<unsigned short>(high));
   to.at[3] = __ushort_as_half(static_cast<unsigned short>(high >> 16));
 }
-__device__ __forceinline__ void load_once(__half& to, const __half* from, int n, int end) {
+__device__ __forceinline__ void load_if(__half& to, const __half* from, int n, int end) {
   unsigned short x;
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.u16 %0, 0;\n"
@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_quads(Quad<T> (&to)[kCount][kQuads], const 
 #pragma unroll
     for (int i = 0; i < kCount; ++i, from += kRowStep * m.row_stride) {
 #pragma unroll
-      for (int c = 0; c < kQuads; ++c) load_once(to[i][c], from + c * kColStep, c * kColStep, cols_left(i));
+      for (int c = 0; c < kQuads; ++c) load_if(to[i][c], from + c * kColStep, c * kColStep, cols_left(i));
     }
   } else {
     int64_t col_stride = m.col_stride;
@@ -94,7 +94,7 @@ __device__ __forceinline__ void load_quads(Quad<T> (&to)[kCount][kQuads], const 
 #pragma unroll
       for (int n = 0; n < 4 * kQuads; ++n) {
         const int c = n / 4 * kColStep + n % 4;
-        load_once(to[i][n / 4].at[n % 4], from + c * col_stride, c, cols_left(i));
+        load_if(to[i][n / 4].at[n % 4], from + c * col_stride, c, cols_left(i));
       }
     }
   }

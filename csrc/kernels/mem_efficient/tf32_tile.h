@@ -136,22 +136,20 @@ struct FloatTile {
   }
 };
 
-// Columns of an operand whose products are summed up before they join the others, by the width of the tile. Part of
-// what a score is: forward and backward must come to the same bits.
-template <class Tile>
-constexpr int kColumnsTogether = Tile::kCols == 32 ? 8 : 32;
+// Columns of an operand whose products are summed up before they join the others. Part of what a score is: forward
+// and backward must come to the same bits.
+constexpr int kColumnsTogether = 32;
 
 // score += rows of a, from a_row, times all rows of b, over the first `depth` columns. kIsTransposed: of b times a.
 template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
 __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_tile, int a_row, const B& b_tile,
                                                 int depth) {
   static_assert(Warp::kTiles % 2 == 0 && B::kRows == Warp::kColumns && A::kCols == B::kCols);
-  constexpr int kTogether = kColumnsTogether<A>;
 #pragma unroll 1
-  for (int first = 0; first < min(A::kCols, depth); first += kTogether) {
+  for (int first = 0; first < min(A::kCols, depth); first += kColumnsTogether) {
     Tf32Sum sum[Warp::kRowBlocks][Warp::kTiles];
 #pragma unroll
-    for (int col = first; col < first + kTogether; col += 8) {
+    for (int col = first; col < first + kColumnsTogether; col += 8) {
       Tf32A<kSplit> a[Warp::kRowBlocks];
 #pragma unroll
       for (int m = 0; m < Warp::kRowBlocks; ++m) a_tile.load_a(a[m], a_row + 16 * m, col);
