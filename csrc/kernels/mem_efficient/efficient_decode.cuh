@@ -37,47 +37,65 @@ struct Decode {
   static constexpr int kTilesTogether = 8;                // summed up in registers
 };
 
+// Four neighbouring elements as they are in memory: halves unpacked would take twice the registers.
+template <class T>
+struct RawQuad {
+  float word[4];
+
+  __device__ __forceinline__ float at(int n) const { return word[n]; }
+  __device__ __forceinline__ void set(int n, float x) { word[n] = x; }
+};
+template <>
+struct RawQuad<__half> {
+  uint32_t word[2];
+
+  __device__ __forceinline__ float at(int n) const {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(word[n / 2] >> n % 2 * 16)));
+  }
+  __device__ __forceinline__ void set(int n, uint32_t bits) {
+    word[n / 2] = n % 2 == 0 ? bits : word[n / 2] | bits << 16;
+  }
+};
+
 // Four elements, or one, if n < end, else zero. In assembler so that the loads stay in this order and each makes its
 // own predicate: those of a whole tile, and all addresses at once, took registers that the kernel lacks.
-__device__ __forceinline__ void load_if(Quad<float>& to, const float* from, int n, int end) {
+__device__ __forceinline__ void load_if(RawQuad<float>& to, const float* from, int n, int end) {
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %5, %6; mov.f32 %0, 0f00000000; mov.f32 %1, %0; mov.f32 %2, %0; mov.f32 %3, %0;\n"
       "@p ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4]; }"
-      : "=&f"(to.at[0]), "=&f"(to.at[1]), "=&f"(to.at[2]), "=&f"(to.at[3])
+      : "=&f"(to.word[0]), "=&f"(to.word[1]), "=&f"(to.word[2]), "=&f"(to.word[3])
       : "l"(from), "r"(n), "r"(end));
 }
-__device__ __forceinline__ void load_if(float& to, const float* from, int n, int end) {
-  asm volatile(
-      "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.f32 %0, 0f00000000;\n"
-      "@p ld.global.nc.f32 %0, [%1]; }"
-      : "=&f"(to)
-      : "l"(from), "r"(n), "r"(end));
-}
-__device__ __forceinline__ void load_if(Quad<__half>& to, const __half* from, int n, int end) {
-  uint32_t low, high;
+__device__ __forceinline__ void load_if(RawQuad<__half>& to, const __half* from, int n, int end) {
   asm volatile(
       "{ .reg .pred p; setp.lt.s32 p, %3, %4; mov.u32 %0, 0; mov.u32 %1, 0;\n"
       "@p ld.global.nc.v2.u32 {%0,%1}, [%2]; }"
-      : "=&r"(low), "=&r"(high)
+      : "=&r"(to.word[0]), "=&r"(to.word[1])
       : "l"(from), "r"(n), "r"(end));
-  to.at[0] = __ushort_as_half(static_cast<unsigned short>(low));
-  to.at[1] = __ushort_as_half(static_cast<unsigned short>(low >> 16));
-  to.at[2] = __ushort_as_half(static_cast<unsigned short>(high));
-  to.at[3] = __ushort_as_half(static_cast<unsigned short>(high >> 16));
 }
-__device__ __forceinline__ void load_if(__half& to, const __half* from, int n, int end) {
-  unsigned short x;
+__device__ __forceinline__ float load_one_if(const float* from, int n, int end) {
+  float x;
   asm volatile(
-      "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.u16 %0, 0;\n"
-      "@p ld.global.nc.u16 %0, [%1]; }"
-      : "=&h"(x)
+      "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.f32 %0, 0f00000000;\n"
+      "@p ld.global.nc.f32 %0, [%1]; }"
+      : "=&f"(x)
       : "l"(from), "r"(n), "r"(end));
-  to = __ushort_as_half(x);
+  return x;
+}
+__device__ __forceinline__ uint32_t load_one_if(const __half* from, int n, int end) {
+  uint32_t bits;
+  asm volatile(
+      "{ .reg .pred p; setp.lt.s32 p, %2, %3; mov.u32 %0, 0;\n"
+      "@p ld.global.nc.u16 %0, [%1]; }"
+      : "=&r"(bits)
+      : "l"(from), "r"(n), "r"(end));
+  return bits;
 }
 
 // Of rows row, row + kRowStep, ...: the groups of four columns from col, col + kColStep, ... Zero where there is none.
 template <int kRowStep, int kColStep, class T, int kCount, int kQuads>
-__device__ __forceinline__ void load_quads(Quad<T> (&to)[kCount][kQuads], const Matrix<const T>& m, int row, int col) {
+__device__ __forceinline__ void load_quads(RawQuad<T> (&to)[kCount][kQuads], const Matrix<const T>& m, int row,
+                                           int col) {
   const T* from = m.at(row, col);
   const auto cols_left = [&](int i) { return row + i * kRowStep < m.rows ? m.cols - col : 0; };
   if (m.quads && m.cols % 4 == 0) {
@@ -94,7 +112,7 @@ __device__ __forceinline__ void load_quads(Quad<T> (&to)[kCount][kQuads], const 
 #pragma unroll
       for (int n = 0; n < 4 * kQuads; ++n) {
         const int c = n / 4 * kColStep + n % 4;
-        load_if(to[i][n / 4].at[n % 4], from + c * col_stride, c, cols_left(i));
+        to[i][n / 4].set(n % 4, load_one_if(from + c * col_stride, c, cols_left(i)));
       }
     }
   }
@@ -166,7 +184,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
   const int last_key = own_row >= rows ? -1 : p.is_causal ? min(own_query, keys - 1) : keys - 1;
   const auto mask = MaskRow::of(p, batch, key_head * group + min(own_row, rows - 1) / L, own_query);
 
-  Quad<T> k[kKeysOwned][Shape::kKeyQuads], v[Shape::kValuesOwned][Shape::kValueQuads];
+  RawQuad<T> k[kKeysOwned][Shape::kKeyQuads], v[Shape::kValuesOwned][Shape::kValueQuads];
   uint32_t mask_bits[kKeysOwned];
   const auto key_of = [&](int tile, int i) { return tile * kKeys + i * Shape::kKeysAtOnce + key_row; };
   const auto fetch_keys = [&](int tile) {
@@ -224,10 +242,10 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
 #pragma unroll
         for (int i = 0; i < kKeysOwned; ++i) {
           float& x = product[c % kChains][r][i];
-          x = fmaf(q.x, to_float(k[i][c].at[0]), x);
-          x = fmaf(q.y, to_float(k[i][c].at[1]), x);
-          x = fmaf(q.z, to_float(k[i][c].at[2]), x);
-          x = fmaf(q.w, to_float(k[i][c].at[3]), x);
+          x = fmaf(q.x, k[i][c].at(0), x);
+          x = fmaf(q.y, k[i][c].at(1), x);
+          x = fmaf(q.z, k[i][c].at(2), x);
+          x = fmaf(q.w, k[i][c].at(3), x);
         }
       }
     }
@@ -294,7 +312,7 @@ __global__ void __launch_bounds__(Decode<Arch, kHeadDim>::kThreads, Decode<Arch,
       for (int c = 0; c < Shape::kValueQuads; ++c) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const float x = to_float(v[i][c].at[n]);
+          const float x = v[i][c].at(n);
 #pragma unroll
           for (int r = 0; r < kRows; ++r) result[r][c][n] = fmaf(probability[r], x, result[r][c][n]);
         }
