@@ -138,18 +138,21 @@ struct FloatTile {
 
 // Columns of an operand whose products are summed up before they join the others. Part of what a score is: forward
 // and backward must come to the same bits.
-constexpr int kColumnsTogether = 32;
+// A single TF32 product has errors of its own beside which those of the sums are nothing.
+template <bool kSplit, class Tile>
+constexpr int kColumnsTogether = kSplit || Tile::kCols < 64 ? 32 : 64;
 
 // score += rows of a, from a_row, times all rows of b, over the first `depth` columns. kIsTransposed: of b times a.
 template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
 __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_tile, int a_row, const B& b_tile,
                                                 int depth) {
   static_assert(Warp::kTiles % 2 == 0 && B::kRows == Warp::kColumns && A::kCols == B::kCols);
+  constexpr int kTogether = kColumnsTogether<kSplit, A>;
 #pragma unroll 1
-  for (int first = 0; first < min(A::kCols, depth); first += kColumnsTogether) {
+  for (int first = 0; first < min(A::kCols, depth); first += kTogether) {
     Tf32Sum sum[Warp::kRowBlocks][Warp::kTiles];
 #pragma unroll
-    for (int col = first; col < first + kColumnsTogether; col += 8) {
+    for (int col = first; col < first + kTogether; col += 8) {
       Tf32A<kSplit> a[Warp::kRowBlocks];
 #pragma unroll
       for (int m = 0; m < Warp::kRowBlocks; ++m) a_tile.load_a(a[m], a_row + 16 * m, col);
