@@ -29,12 +29,14 @@ struct Tf32Operand {
       big[i] = (__float_as_uint(x) + kHalf) & kKept;
       small[i] = __float_as_uint(x - __uint_as_float(big[i]));  // exact; NaN stays NaN
     } else {
-      // Before its lowest bits are cut off, a third to two thirds of the last bit that is kept are added: nearly
-      // rounding, in one instruction, and NaN and what TF32 can hold stay what they are.
-      big[i] = __float_as_uint(x * (1.f + 1.39f / 4096));
+      big[i] = rounded(x);
     }
   }
   __device__ __forceinline__ void set(int i, uint32_t bits) { set(i, __uint_as_float(bits)); }
+
+  // Before its lowest bits are cut off, a third to two thirds of the last bit that is kept are added: nearly rounding,
+  // in one instruction, and NaN and what TF32 can hold stay what they are.
+  __device__ __forceinline__ static uint32_t rounded(float x) { return __float_as_uint(x * (1.f + 1.39f / 4096)); }
 };
 
 template <bool kSplit>

@@ -125,8 +125,10 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
   };
   const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
 
-  // Addresses start anew from the parameters wherever they are used: the products need their registers.
-  const auto start_anew = [&] { asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head)); };
+  // Where the products need all registers, addresses start anew from the parameters wherever they are used.
+  const auto start_anew = [&] {
+    if constexpr (kSplit && kHeadDim == 64) asm volatile("" : "+r"(batch), "+r"(head), "+r"(key_head));
+  };
   const auto fetch_queries = [&](int first_e) {
     query_tile.template fill<kThreads>(Matrix<const float>::of(p.query, batch, head, p.L, p.E), first_query, first_e);
   };
@@ -159,6 +161,10 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
     land();
     start_anew();
+    if (!kSplit && is_one_chunk && first_key == 0) {
+      query_tile.template round<kThreads>();
+      __syncthreads();
+    }
     if (range.matters(first_query, first_key + kKeys)) {
       if (is_one_chunk) fetch_keys(stage ^ 1, first_key + kKeys, 0);
       fetch_values(stage ^ 1, first_key + kKeys);
@@ -172,8 +178,12 @@ __global__ void __launch_bounds__(Tf32Forward<Arch, kHeadDim>::kThreads, Tf32For
         fetch_queries(e);
         fetch_keys(stage, first_key, e);
         land();
+        if (!kSplit) {
+          query_tile.template round<kThreads>();
+          __syncthreads();
+        }
       }
-      multiply_scores<kSplit, false, Warp>(score, query_tile, warp_row, key_tile(stage), head_dim - e);
+      multiply_scores<kSplit, false, Warp, !kSplit>(score, query_tile, warp_row, key_tile(stage), head_dim - e);
     }
     start_anew();
     if (Shape::kBiasInKeys && p.mask_kind != MaskKind::kNone) __syncthreads();  // nobody reads the keys any more

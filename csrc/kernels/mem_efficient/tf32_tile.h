@@ -99,14 +99,31 @@ struct FloatTile {
     }
   }
 
+  // Rounds the tile's numbers to TF32, so that load_a need not.
+  template <int kThreads>
+  __device__ __forceinline__ void round() const {
+    for (int i = fresh_thread_index(); i < kRows * kCols / 4; i += kThreads) {
+      const uint32_t at = base + i / (kCols / 4) * kRowBytes + i % (kCols / 4) * 16;
+      const uint4 v = load_shared_16(at);
+      store_shared_16(at, {Tf32A<false>::rounded(__uint_as_float(v.x)), Tf32A<false>::rounded(__uint_as_float(v.y)),
+                           Tf32A<false>::rounded(__uint_as_float(v.z)), Tf32A<false>::rounded(__uint_as_float(v.w))});
+    }
+  }
+
   // Operand `a`: rows from row, columns from col. ldmatrix moves 16-bit elements, two of which make a float.
-  template <bool kSplit>
+  template <bool kIsRounded = false, bool kSplit>
   __device__ __forceinline__ void load_a(Tf32A<kSplit>& a, int row, int col) const {
     const int lane = threadIdx.x % 32;
     uint32_t r[4];
     ldmatrix(r, base + (lane % 16) * kRowBytes + lane / 16 * 16 + row * kRowBytes + col * 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a.set(i, r[i]);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kIsRounded) {
+        a.big[i] = r[i];
+      } else {
+        a.set(i, r[i]);
+      }
+    }
   }
   // Two operands `b` that are the transposes of rows from row and from row + 8, columns from col.
   template <bool kSplit>
@@ -143,7 +160,8 @@ template <bool kSplit, class Tile>
 constexpr int kColumnsTogether = kSplit || Tile::kCols < 64 ? 32 : 64;
 
 // score += rows of a, from a_row, times all rows of b, over the first `depth` columns. kIsTransposed: of b times a.
-template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
+// kIsRounded: a's numbers are TF32 already.
+template <bool kSplit, bool kIsTransposed, class Warp, bool kIsRounded = false, class A, class B>
 __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_tile, int a_row, const B& b_tile,
                                                 int depth) {
   static_assert(Warp::kTiles % 2 == 0 && B::kRows == Warp::kColumns && A::kCols == B::kCols);
@@ -155,7 +173,7 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
     for (int col = first; col < first + kTogether; col += 8) {
       Tf32A<kSplit> a[Warp::kRowBlocks];
 #pragma unroll
-      for (int m = 0; m < Warp::kRowBlocks; ++m) a_tile.load_a(a[m], a_row + 16 * m, col);
+      for (int m = 0; m < Warp::kRowBlocks; ++m) a_tile.template load_a<kIsRounded>(a[m], a_row + 16 * m, col);
 #pragma unroll
       for (int n = 0; n < Warp::kTiles; n += 2) {
         Tf32B<kSplit> b[2];
