@@ -476,6 +476,9 @@ cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
+    if constexpr (kHeadDim < efficient::kNarrowestExactTf32) {
+      if (!p.allow_tf32) return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
+    }
     return efficient::tf32_backward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
     return efficient::volta_backward<Arch, kHeadDim>(p, stream);

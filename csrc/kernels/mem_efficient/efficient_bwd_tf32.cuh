@@ -418,8 +418,10 @@ cudaError_t launch_tf32_backward(const BackwardParams& p, cudaStream_t stream) {
 // Wants grad_query_accum wherever dQ is wanted, and grad_query_turns too if deterministic.
 template <class Arch, int kHeadDim>
 cudaError_t tf32_backward(const BackwardParams& p, cudaStream_t stream) {
-  return p.allow_tf32 ? launch_tf32_backward<Arch, kHeadDim, false>(p, stream)
-                      : launch_tf32_backward<Arch, kHeadDim, true>(p, stream);
+  if constexpr (kHeadDim >= kNarrowestExactTf32) {
+    if (!p.allow_tf32) return launch_tf32_backward<Arch, kHeadDim, true>(p, stream);
+  }
+  return launch_tf32_backward<Arch, kHeadDim, false>(p, stream);
 }
 
 }  // namespace efficient

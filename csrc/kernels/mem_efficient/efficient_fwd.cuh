@@ -150,11 +150,29 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
   }
 }
 
+template <class Arch, class T, int kHeadDim>
+cudaError_t ffma_forward(const ForwardParams& p, cudaStream_t stream) {
+  using Tile = ForwardTile<Arch, kHeadDim>;
+  static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
+  constexpr auto kKernel = &forward_kernel<Arch, T, kHeadDim>;
+  if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
+  if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
+  const cudaError_t error = allow_shared_bytes<kKernel>(Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(p.B * p.H * ceil_div(p.L, Tile::kRows)),
+                  static_cast<unsigned>(ceil_div(p.Ev, kHeadDim)));
+  kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
 }  // namespace efficient
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasTf32<Arch, T>) {
+    if constexpr (kHeadDim < efficient::kNarrowestExactTf32) {
+      if (!p.allow_tf32) return efficient::ffma_forward<Arch, T, kHeadDim>(p, stream);
+    }
     return efficient::tf32_forward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
     return efficient::volta_forward<Arch, kHeadDim>(p, stream);
@@ -162,17 +180,7 @@ cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
     if constexpr (efficient::kHasVolta<Arch, T>) {
       if (efficient::is_one_tile<kHeadDim>(p)) return efficient::volta_forward<Arch, kHeadDim>(p, stream);
     }
-    using Tile = efficient::ForwardTile<Arch, kHeadDim>;
-    static_assert(Tile::kSharedBytes <= Arch::kSharedBytes);
-    constexpr auto kKernel = &efficient::forward_kernel<Arch, T, kHeadDim>;
-    if (Tile::kIsNarrow && (p.E > kHeadDim || p.Ev > kHeadDim)) return cudaErrorInvalidValue;
-    if (p.B * p.H * p.L == 0 || p.Ev == 0) return cudaSuccess;
-    const cudaError_t error = allow_shared_bytes<kKernel>(Tile::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    const dim3 grid(static_cast<unsigned>(p.B * p.H * efficient::ceil_div(p.L, Tile::kRows)),
-                    static_cast<unsigned>(efficient::ceil_div(p.Ev, kHeadDim)));
-    kKernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p);
-    return cudaGetLastError();
+    return efficient::ffma_forward<Arch, T, kHeadDim>(p, stream);
   }
 }
 

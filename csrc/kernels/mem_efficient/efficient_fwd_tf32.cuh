@@ -236,8 +236,10 @@ cudaError_t launch_tf32_forward(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Arch, int kHeadDim>
 cudaError_t tf32_forward(const ForwardParams& p, cudaStream_t stream) {
-  return p.allow_tf32 ? launch_tf32_forward<Arch, kHeadDim, false>(p, stream)
-                      : launch_tf32_forward<Arch, kHeadDim, true>(p, stream);
+  if constexpr (kHeadDim >= kNarrowestExactTf32) {
+    if (!p.allow_tf32) return launch_tf32_forward<Arch, kHeadDim, true>(p, stream);
+  }
+  return launch_tf32_forward<Arch, kHeadDim, false>(p, stream);
 }
 
 }  // namespace efficient

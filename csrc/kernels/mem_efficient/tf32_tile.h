@@ -13,6 +13,11 @@ namespace sdpa::efficient {
 template <class Arch, class T>
 constexpr bool kHasTf32 = Arch::kId >= 80 && std::is_same_v<T, float>;
 
+// A tensor core cuts off what it sums up, eight products at a time. Where a score is a sum of few products, that shows
+// beside FFMA, which rounds (E = 16, logits of some thousands: over four times eager's error). Narrower heads take
+// FFMA, unless TF32 is allowed.
+constexpr int kNarrowestExactTf32 = 64;
+
 // Only the widest of these kernels takes E or Ev wider than itself.
 constexpr int kWidestTf32 = 128;
 template <int kHeadDim>
