@@ -32,6 +32,15 @@ template <int kLeft>
 __device__ __forceinline__ void cp_async_wait_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
+// 16 bytes, or zeros without a look at the source.
+__device__ __forceinline__ void cp_async_or_zero(uint32_t destination, const void* source, bool reads) {
+  asm volatile(
+      "{ .reg .pred ignore; setp.eq.u32 ignore, %2, 0;\n"
+      "  cp.async.cg.shared.global [%0], [%1], 16, ignore; }" ::"r"(destination),
+      "l"(source), "r"(static_cast<uint32_t>(reads))
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

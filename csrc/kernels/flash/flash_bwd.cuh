@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
@@ -89,13 +90,18 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     if constexpr (kHeadDim <= 128) {
       using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
-      if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
+      using Large96 = WideTile<96, 8, 2, 2, 64, 2, 2, 163 * 1024>;
+      const bool is_large = limit >= Large::kMaxSharedBytes;
+      if (is_large && std::max(p.E, p.Ev) <= 96) return launch_wide<Arch, T, kHeadDim, kEdit, Large96>(p, stream);
+      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
       return narrow_backward<Arch, T, kHeadDim, kEdit>(p, stream);
     } else {
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
       using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
-      using Huge = WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>;
-      using Huge192 = WideTile<192, 8, 2, 4, 64, 2, 2, 227 * 1024>;
+      // 128 queries read less from shared memory for a product, but leave no registers for the mask's gradient.
+      using Huge = std::conditional_t<kEdit == ScoreEdit::kMaskGradient, WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
+                                      WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
+      using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
       const bool is_huge = limit >= Huge::kMaxSharedBytes;
       if (is_huge && std::max(p.E, p.Ev) <= 192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, stream);
       if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, stream);

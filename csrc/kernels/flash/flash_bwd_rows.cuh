@@ -122,24 +122,48 @@ struct GradQuerySums {
 
   __device__ __forceinline__ bool is_tiled(int row0) const { return row0 + 16 <= L && E % 8 == 0; }
 
+  static __device__ __forceinline__ void add_tile(float* to, const float (&values)[4]) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kVectorReductions) {
+      reduce(to + lane * 4, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);
+    }
+  }
+
   // A warp adds the accumulators of a 16 x 8 tile: rows from row0, columns from 8 * tile.
   __device__ __forceinline__ void add(const float (&values)[4], int row0, int tile) const {
     const int lane = threadIdx.x % 32;
     if (is_tiled(row0)) {
       if (tile * 8 >= E) return;
-      float* const to = data + int64_t{row0} * E + tile * 128;
-      if constexpr (kVectorReductions) {
-        reduce(to + lane * 4, values);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);
-      }
+      add_tile(data + int64_t{row0} * E + tile * 128, values);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row0 + lane / 4 + i / 2 * 8;
         const int col = tile * 8 + lane % 4 * 2 + i % 2;
         if (row < L && col < E) atomicAdd(data + int64_t{row} * E + col, values[i]);
+      }
+    }
+  }
+
+  // The same for kRows times 16 rows and some tiles side by side. All of them are there as a rule, and then one branch
+  // is enough; one for each would cost more than the reductions themselves.
+  template <int kRows, int kTiles>
+  __device__ __forceinline__ void add_rows(const float (&values)[kRows][kTiles][4], int row0, int tile) const {
+    if (is_tiled(row0 + (kRows - 1) * 16) && (tile + kTiles) * 8 <= E) {
+      float* const to = data + int64_t{row0} * E + tile * 128;
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) add_tile(to + m * 16 * E + n * 128, values[m][n]);
+      }
+    } else {
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) add(values[m][n], row0 + m * 16, tile + n);
       }
     }
   }

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "../arch/arch.h"
+#include "../arch/barrier.h"
 #include "../attn/block_range.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
@@ -36,9 +37,14 @@ struct WideBackward {
   static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
   static constexpr int kShareQueries = kQueryTile / Tile::kShares;       // of a warp, for the scores
   static constexpr int kShareBlocks = Tile::kCols / Tile::kShares / 16;  // 16-column blocks of a warp, for dK and dV
-  // dQ: each warp takes 32 queries and a share of the columns.
-  static constexpr int kQueryGroups = kQueryTile / 32, kColGroups = Tile::kWarps / kQueryGroups;
-  static constexpr int kPasses = Tile::kCols > 192 ? 2 : 1;  // over this share, for want of registers
+  // dQ: each warp takes kGradRows blocks of 16 queries and a share of the columns, in kPasses for want of registers.
+  static constexpr int kGradRows = Tile::kCols / 16 % (Tile::kWarps * 32 / kQueryTile) == 0 ? 2 : 1;
+  static constexpr int kQueryGroups = kQueryTile / 16 / kGradRows, kColGroups = Tile::kWarps / kQueryGroups;
+#ifdef PASSES
+  static constexpr int kPasses = PASSES;
+#else
+  static constexpr int kPasses = Tile::kCols / kColGroups > 48 ? Tile::kCols / kColGroups / 32 : 1;
+#endif
   static constexpr int kGradQueryBlocks = Tile::kCols / kColGroups / 16 / kPasses;
   static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
@@ -48,13 +54,40 @@ struct WideBackward {
   using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // P^T, dS^T
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
+  using Barrier = SharedBarrier<Arch>;
 
   static constexpr int kQueryOffset = 2 * KeyTile::kBytes;
   static constexpr int kScoreOffset = kQueryOffset + (Tile::kStages + Tile::kGradStages) * QueryTile::kBytes;
   static constexpr int kRowOffset = kScoreOffset + 2 * ScoreTile::kBytes;  // LSE, delta, rest of LSE
-  static constexpr int kSharedBytes = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kBarriers = 5;
+  static constexpr int kBarrierOffset = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kBarrierOffset + kBarriers * Barrier::kBytes;
   static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
 };
+
+// Copies rows [row0, row0 + kRows) to the tile in order; what lies outside the source becomes zero. As
+// SharedTile::fill, but shorter for a source whose rows are whole chunks, as nearly all are: the loop has to do it for
+// every tile.
+template <class Arch, int kThreads, class Tile, class U>
+__device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0) {
+  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
+  if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0) {
+    if (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0) {
+      const int first = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
+      const uint32_t to = tile.base + Tile::offset(first, chunk);
+      const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
+      const int rows = chunk * kChunkElements < source.cols ? source.rows - row0 - first : 0;
+      const int64_t step = kRowStep * source.row_stride;
+#pragma unroll
+      for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
+        cp_async_or_zero(to + row * Tile::kRowBytes, from, row < rows);
+      }
+      return;
+    }
+  }
+  tile.template fill<kThreads>(source, row0);
+  fence_block();  // what went through registers comes before an arrival
+}
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kThreads, 1)
@@ -62,6 +95,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
                          const __grid_constant__ Dropout dropout, const float scale_log2) {
   using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
   using KeyOrder = typename Flash::KeyOrder;
+  using Barrier = typename Flash::Barrier;
   using Product = Mma<Arch, T>;
   constexpr bool kHasMask = Flash::kHasMask;
   constexpr int kKeyBlocks = Tile::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
@@ -76,9 +110,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (kHasMask) batch_key_head = side_by_side(p, batch_key_head, key_heads);
   int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
 
-  // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | rest of LSE.
+  // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | rest of LSE | barriers.
   const uint32_t base = shared_address(shared);
   const typename Flash::KeyTile key_tile{base}, value_tile{base + Flash::KeyTile::kBytes};
   const auto query_tile = [&](int stage) {
@@ -90,40 +123,63 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
   float* const shared_delta = shared_lse + kQueryTile;
   float* const shared_rest = shared_delta + kQueryTile;
-
+  // Warps wait for as little as possible, so that some multiply while others load or take exponentials:
+  //   full      a query tile, its dO and their rows of LSE and delta are in place;
+  //   complete  P and dS of all keys are;
+  //   done      every warp is through with these, and so with the query tile;
+  //   grad_read, query_read   the part of `done` after which a tile with one stage is overwritten.
+  const auto barrier = [&](int n) { return Barrier{base + Flash::kBarrierOffset + n * Barrier::kBytes}; };
+  const Barrier full = barrier(0), complete = barrier(1), done = barrier(2);
+  const Barrier grad_read = barrier(3), query_read = barrier(4);
+  if (threadIdx.x == 0) {
+    full.init(kThreads + kQueryTile / 32);
+    complete.init(Tile::kWarps), done.init(Tile::kWarps), grad_read.init(Tile::kWarps), query_read.init(Tile::kWarps);
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
   const auto score_lane_offset = Flash::ScoreTile::lane_offset();
-  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
-  // computed from their origins again.
-  const auto start_anew = [&] {
-    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+  // The loop goes over the query tiles of the group's query heads, one head after the other. Places are counted on,
+  // since a division for each would cost more than all else that is not arithmetic.
+  struct Place {
+    int head, q0;
   };
-
-  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group.
-  const int tiles = query_tiles - first_tile;
-  int items = tiles * group;
+  const int length = static_cast<int>(p.L);
+  const auto first_query = [&] { return range.first_query_tile(k0) * kQueryTile; };
+  const auto exists = [&](const Place& x) { return x.head < (key_head + 1) * group; };
+  const auto after = [&](Place x) {
+    x.q0 += kQueryTile;
+    if (x.q0 >= length) x = {x.head + 1, first_query()};
+    return x;
+  };
+  Place here{key_head * group, first_query()};
+  bool has_work = here.q0 < length;
   if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
     const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
-    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
+    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
-  const auto head_of = [&](int item) { return key_head * group + item / tiles; };
-  const auto row_of = [&](int item) { return (first_tile + item % tiles) * kQueryTile; };
-  const auto fetch_query = [&](int item) {
-    const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
-    query_tile(item % Tile::kStages).template fill<kThreads>(query, row_of(item));
+  if (!has_work) here.head += group;
+  // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
+  // computed from their origins again.
+  int parity = 0;
+  const auto start_anew = [&] {
+    if constexpr (kHasMask)
+      asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
-  const auto fetch_grad = [&](int item) {
-    const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
-    grad_tile(item % Tile::kGradStages).template fill<kThreads>(grad, row_of(item));
+  const auto fetch_query = [&](const Place& x, int stage) {
+    const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
+    fetch_rows<Arch, kThreads>(query_tile(stage % Tile::kStages), query, x.q0);
+  };
+  const auto fetch_grad = [&](const Place& x, int stage) {
+    const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
+    fetch_rows<Arch, kThreads>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
-  const auto read_row = [&](int item) -> float3 {
-    const int row = row_of(item) + static_cast<int>(threadIdx.x);
-    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
-    const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
+  const auto read_row = [&](const Place& x) -> float3 {
+    const int row = x.q0 + static_cast<int>(threadIdx.x);
+    if (!exists(x) || threadIdx.x >= kQueryTile || row >= length) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
+    const int64_t i = int64_t{batch * heads + x.head} * p.L + row;
     return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
   };
   const auto publish_row = [&](const float3& row) {
@@ -140,75 +196,73 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (kEdit == ScoreEdit::kMaskGradient) mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
 
-  if (items > 0) {
-    fetch_query(0);
-    fetch_grad(0);
-    publish_row(read_row(0));
+  if (exists(here)) {
+    fetch_query(here, 0);
+    fetch_grad(here, 0);
+    publish_row(read_row(here));
   }
   // dQ = dS K
-  const auto add_query_gradient = [&](int item) {
+  const auto add_query_gradient = [&](const Place& x) {
     if (p.grad_query.data == nullptr) return;
-    const int q0 = row_of(item);
-    constexpr int kBlocks = Flash::kGradQueryBlocks;
+    constexpr int kBlocks = Flash::kGradQueryBlocks, kRows = Flash::kGradRows;
     const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
-    const GradQuerySums sums(p, batch * heads + head_of(item));
+    const GradQuerySums sums(p, batch * heads + x.head);
 #pragma unroll 1
     for (int pass = 0; pass < Flash::kPasses; ++pass) {
       const int first_block = (col_group * Flash::kPasses + pass) * kBlocks;
-      float grad_query[2][2 * kBlocks][4] = {};
+      float grad_query[kRows][2 * kBlocks][4] = {};
 #pragma unroll
       for (int k = 0; k < kKeyTile / 16; ++k) {
-        uint32_t a[2][4];
+        uint32_t a[kRows][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
+        for (int m = 0; m < kRows; ++m) {
+          score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * kRows + m);
+        }
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           uint32_t b[4];
           key_tile.load_b(b, lane_offset, k, first_block + n);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
+          for (int m = 0; m < kRows; ++m) {
             Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
             Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
           }
         }
       }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2 * kBlocks; ++n) {
-          sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, first_block * 2 + n);
-        }
-      }
+      sums.add_rows(grad_query, x.q0 + query_group * kRows * 16, first_block * 2);
     }
   };
 
+  wait_for_copies<Arch>();
+  __syncthreads();
 #pragma unroll 1
-  for (int item = 0; item < items; ++item) {
+  for (; exists(here); here = after(here), parity ^= 1) {
     start_anew();
-    // This query tile has landed; every warp is done with the one before, its stages and its scores.
-    wait_for_copies<Arch>();
-    __syncthreads();
-    if (item + 1 < items) {
-      if constexpr (Tile::kStages > 1) fetch_query(item + 1);
-      if constexpr (Tile::kGradStages > 1) fetch_grad(item + 1);
-    }
-    const int q0 = row_of(item);
-    const auto query = query_tile(item % Tile::kStages), grad = grad_tile(item % Tile::kGradStages);
+    full.wait(parity ^ 1);
+    const int q0 = here.q0;
+    const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
 
     const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
     constexpr int kBlocks = Flash::kShareQueries / 16;
     const int first_block = share * kBlocks;  // of 16 queries, in the tile
-    // By 16 queries. The entries of a bool mask are read before the products, those of others would take too many
-    // registers.
-    TransposedMask<kKeyBlocks, 2, 1> mask[kBlocks];
+    // By 16 queries. The entries of a bool mask, which has no gradient, are read before the products, those of others
+    // would take too many registers.
+    TransposedMask<kKeyBlocks, 2, kEdit == ScoreEdit::kMask ? 1 : 0> mask[kBlocks];
     if constexpr (kHasMask) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
-        mask[n].read_early(p, batch, head_of(item), q0 + (first_block + n) * 16 + lane % 4 * 2,
+        mask[n].read_early(p, batch, here.head, q0 + (first_block + n) * 16 + lane % 4 * 2,
                            k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
     }
 
+    // Tiles that begin with this warp's rows: fewer additions of addresses, but on sm80 a mask leaves no registers.
+    constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
+    const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
+    const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
+    const typename Flash::KeyTile value_rows{value_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
+    const typename Flash::QueryTile query_rows{query.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
+    const typename Flash::QueryTile grad_rows{grad.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
     // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
     float scores[kBlocks][kKeyBlocks][2][4] = {}, grad_scores[kBlocks][kKeyBlocks][2][4] = {};
 #pragma unroll
@@ -216,14 +270,14 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
 #pragma unroll
       for (int m = 0; m < kKeyBlocks; ++m) {
-        key_tile.load_a(key[m], lane_offset, warp_block + m, k);
-        value_tile.load_a(value[m], lane_offset, warp_block + m, k);
+        key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
+        value_rows.load_a(value[m], lane_offset, warp_block - key_begin + m, k);
       }
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         uint32_t b[4], c[4];
-        query.load_b_transposed(b, lane_offset, first_block + n, k);
-        grad.load_b_transposed(c, lane_offset, first_block + n, k);
+        query_rows.load_b_transposed(b, lane_offset, first_block - query_begin + n, k);
+        grad_rows.load_b_transposed(c, lane_offset, first_block - query_begin + n, k);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
           Product::add(scores[n][m][0], key[m], b[0], b[1]);
@@ -241,7 +295,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       const int first_row = (first_block + n) * 16 + lane % 4 * 2;
       // log2 of P^T, -inf where a query must not attend
       if constexpr (kHasMask) {
-        mask[n].log2_probability(scores[n], p, batch, head_of(item), q0 + first_row,
+        mask[n].log2_probability(scores[n], p, batch, here.head, q0 + first_row,
                                  k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, shared_lse + first_row,
                                  shared_rest + first_row);
       } else {
@@ -269,7 +323,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
     }
 
-    // P^T and dS^T = P^T * (dP^T - delta) to shared memory
+    // P^T and dS^T = P^T * (dP^T - delta) to shared memory. This warp's share stays in registers, too, if no mask needs
+    // them.
+    constexpr bool kKeepsShare = !kHasMask;
+    uint32_t own_probabilities[kBlocks][kKeyBlocks][4], own_scores[kBlocks][kKeyBlocks][4];
+    done.wait(parity ^ 1);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
       const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
@@ -280,10 +338,10 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         float (&left)[4] = scores[n][m][0], (&right)[4] = scores[n][m][1];
 #pragma unroll
         for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
-        uint32_t a[4];
+        uint32_t (&a)[4] = own_probabilities[n][m], (&b)[4] = own_scores[n][m];
         if (drops) {
           start_anew();
-          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
           const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + query_block), k0 + warp_block * 16, m};
           drop<T, kHasMask, kKeyBlocks>(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], p, dropout, at);
         } else {
@@ -295,56 +353,80 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
           const float2& row = deltas[i / 4];
           scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
         }
-        to_operand<T>(a, left, right);
-        score_tile.put_a(a, warp_block + m, query_block);
+        to_operand<T>(b, left, right);
+        score_tile.put_a(b, warp_block + m, query_block);
       }
       if (mask_from_registers) {
-        MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, head_of(item), q0 + first_row,
+        MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, here.head, q0 + first_row,
                                           k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
     }
-    __syncthreads();  // P and dS are complete; LSE and delta are free
+    complete.arrive_warp();
     start_anew();
-    const float3 next_row = read_row(item + 1);  // on its way meanwhile
-
-    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
-      if (!mask_from_registers)
-        add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
+    const Place next = after(here);
+    if (exists(next)) {
+      if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
+      if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
     }
+    const float3 next_row = read_row(next);  // on its way meanwhile
 
-    // Of this warp's keys and columns: sum += scores * rows
-    const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::ScoreTile& tile,
-                              const typename Flash::QueryTile& rows) {
+    // Of this warp's keys and columns: sum += scores * rows of block k of 16 queries
+    const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const uint32_t (&a)[kKeyBlocks][4],
+                              const typename Flash::QueryTile& rows, int k) {
 #pragma unroll
-      for (int k = 0; k < kQueryTile / 16; ++k) {
-        uint32_t a[kKeyBlocks][4];
+      for (int n = 0; n < kShareBlocks; ++n) {
+        uint32_t b[4];
+        rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
 #pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) tile.load_a(a[m], score_lane_offset, warp_block + m, k);
-#pragma unroll
-        for (int n = 0; n < kShareBlocks; ++n) {
-          uint32_t b[4];
-          rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(sum[m][2 * n], a[m], b[0], b[1]);
-            Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
-          }
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          Product::add(sum[m][2 * n], a[m], b[0], b[1]);
+          Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
         }
       }
     };
-    multiply(grad_value, probability_tile, grad);
-    if constexpr (Tile::kGradStages == 1) {
-      __syncthreads();
-      if (item + 1 < items) fetch_grad(item + 1);
+    const auto multiply_others = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4],
+                                     const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows) {
+      constexpr int kAll = kQueryTile / 16;
+#pragma unroll
+      for (int i = kKeepsShare ? kBlocks : 0; i < kAll; ++i) {
+        const int k = kKeepsShare ? (first_block + i) % kAll : i;
+        uint32_t a[kKeyBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) tile.load_a(a[m], score_lane_offset, warp_block + m, k);
+        multiply(sum, a, rows, k);
+      }
+    };
+    if constexpr (kKeepsShare) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) multiply(grad_value, own_probabilities[n], grad, first_block + n);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
     }
-    multiply(grad_key, score_tile, query);
-    if constexpr (Tile::kStages == 1) {
-      __syncthreads();
-      if (item + 1 < items) fetch_query(item + 1);
-    }
+    sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
+    multiply_others(grad_value, probability_tile, grad);
+    if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
+    multiply_others(grad_key, score_tile, query);
+    if constexpr (Tile::kStages == 1) query_read.arrive_warp();
 
-    add_query_gradient(item);
-    publish_row(next_row);
+    complete.wait(parity);
+    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+      if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
+    }
+    if (const Place next = after(here); exists(next)) {
+      publish_row(next_row);
+      if (threadIdx.x < kQueryTile) full.arrive_warp();
+      if constexpr (Tile::kGradStages == 1) {
+        grad_read.wait(parity);
+        fetch_grad(next, 0);
+      }
+      if constexpr (Tile::kStages == 1) {
+        query_read.wait(parity);
+        fetch_query(next, 0);
+      }
+      full.arrive_with_copies();
+    }
+    add_query_gradient(here);
+    done.arrive_warp();
   }
 
   // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
