@@ -18,6 +18,18 @@ __device__ __forceinline__ void sync_threads(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
+// And whether any of them has x.
+template <int kThreads>
+__device__ __forceinline__ bool sync_threads_or(int number, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{ .reg .pred mine, any; setp.ne.u32 mine, %1, 0; bar.red.or.pred any, %2, %3, mine; selp.u32 %0, 1, 0, any; }"
+      : "=r"(any)
+      : "r"(static_cast<uint32_t>(x)), "r"(number), "n"(kThreads)
+      : "memory");
+  return any != 0;
+}
+
 // To arrive and to wait are two things here, and a warp can do something else in between. A phase ends when as many
 // have arrived as `init` was told; the first has parity 0. To wait for the phase before the first (parity 1) takes no
 // time. An older Arch than sm80 has none of it: there, to wait is to wait for all threads, who must all do so.

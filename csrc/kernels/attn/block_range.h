@@ -71,6 +71,19 @@ struct BlockOrder {
     head = static_cast<int>(group * heads_at_once + rest % here);
     return true;
   }
+  // The same with 32-bit divisions where they do: those of 64 bits are a thousand clocks of a short block.
+  __device__ __forceinline__ bool locate_quickly(int& tile, int& head) const {
+    if (tiles * heads > UINT32_MAX) return locate(tile, head);
+    const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x;
+    if (block >= static_cast<uint32_t>(tiles * heads)) return false;
+    const uint32_t at_once = static_cast<uint32_t>(heads_at_once),
+                   group_blocks = static_cast<uint32_t>(tiles) * at_once;
+    const uint32_t group = block / group_blocks, rest = block % group_blocks;
+    const uint32_t here = min(at_once, static_cast<uint32_t>(heads) - group * at_once);
+    tile = static_cast<int>(rest / here);
+    head = static_cast<int>(group * at_once + rest % here);
+    return true;
+  }
 #endif
 };
 

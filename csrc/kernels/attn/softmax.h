@@ -33,7 +33,11 @@ __device__ __forceinline__ float quad_sum(float x) {
 // follows the maximum, and the output is rescaled, only when some row of the warp has outgrown its reference by
 // kSlack powers of two: P stays at most 2^kSlack, which float16 holds with ease, and most tiles skip the rescaling.
 // (H200, L = 4096: a slack of 0 costs 3 to 6 %.)
-template <int kRowBlocks>
+//
+// kFewInstructions: whether some score has outgrown its reference is asked of the scores' bits, taken as integers,
+// which Hopper compares three at a time. That is right where the reference is not far below 0, and elsewhere always
+// answers yes, so it suits scores that are not moved by a bias.
+template <int kRowBlocks, bool kFewInstructions = false>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.f;
   static constexpr float kNothingYet = -FLT_MAX;  // finite, so that exp2(-inf - reference) is 0 from the start
@@ -57,29 +61,59 @@ struct OnlineSoftmax {
   template <int kCols, int kOutCols>
   __device__ __forceinline__ void see(const float (&scores)[kRowBlocks][kCols][4],
                                       float (&output)[kRowBlocks][kOutCols][4]) {
+    if (!__any_sync(0xffffffffu, has_outgrown(scores))) return;
     float highest[kRowBlocks][2];
-    if (__any_sync(0xffffffffu, find_highest(highest, scores))) raise(highest, output);
+    find_highest(highest, scores);
+    if (__any_sync(0xffffffffu, exceeds(highest))) raise(highest, output);
   }
 
-  // The parts of `see`, for warps that share rows: whether some row has outgrown its reference,
+  // The parts of `see`, for warps that share rows: whether some row has outgrown its reference in this lane's share,
   template <int kCols>
-  __device__ __forceinline__ bool find_highest(float (&highest)[kRowBlocks][2],
-                                               const float (&scores)[kRowBlocks][kCols][4]) const {
+  __device__ __forceinline__ bool has_outgrown(const float (&scores)[kRowBlocks][kCols][4]) const {
     bool outgrown = false;
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
+        float x;
+        if constexpr (kFewInstructions) {
+          // If the highest score is negative, the integers' order is the wrong way round, but then none exceeds the
+          // reference's slack.
+          int bits = max(__float_as_int(scores[m][0][2 * half]), __float_as_int(scores[m][0][2 * half + 1]));
 #pragma unroll
-        for (int n = 1; n < kCols; ++n) {
-          x = fmaxf(x, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+          for (int n = 1; n < kCols; ++n) {
+            bits =
+                __vimax3_s32(bits, __float_as_int(scores[m][n][2 * half]), __float_as_int(scores[m][n][2 * half + 1]));
+          }
+          x = __int_as_float(bits);
+          outgrown |= reference[m][half] < -kSlack;
+        } else {
+          x = lane_max(scores[m], half);
         }
-        highest[m][half] = quad_max(x) * scale_log2;
-        outgrown |= highest[m][half] - reference[m][half] > kSlack;
+        outgrown |= fmaf(x, scale_log2, -reference[m][half]) > kSlack;
       }
     }
     return outgrown;
+  }
+  // the highest exponents of the warp's rows,
+  template <int kCols>
+  __device__ __forceinline__ void find_highest(float (&highest)[kRowBlocks][2],
+                                               const float (&scores)[kRowBlocks][kCols][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) highest[m][half] = quad_max(lane_max(scores[m], half)) * scale_log2;
+    }
+  }
+  // whether one of them exceeds its reference by more than the slack: has_outgrown may have been wrong about that,
+  __device__ __forceinline__ bool exceeds(const float (&highest)[kRowBlocks][2]) const {
+    bool any = false;
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) any |= highest[m][half] - reference[m][half] > kSlack;
+    }
+    return any;
   }
   // and new references for all rows.
   template <int kOutCols>
@@ -100,6 +134,15 @@ struct OnlineSoftmax {
         }
       }
     }
+  }
+
+  // The highest score of this lane in its row `half`.
+  template <int kCols>
+  static __device__ __forceinline__ float lane_max(const float (&scores)[kCols][4], int half) {
+    float x = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
+#pragma unroll
+    for (int n = 1; n < kCols; ++n) x = fmaxf(x, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    return x;
   }
 
   // The unnormalised probabilities of one 16 x 8 tile, in place; adds them to the sums.

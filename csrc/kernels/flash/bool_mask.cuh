@@ -15,43 +15,88 @@ namespace sdpa {
 // part, and in which all. Read once by the whole block, so that the loop over tiles need not wait for it.
 struct TileMap {
   static constexpr int kTiles = 8192;  // of those after that nothing is known
-  static constexpr int kWords = kTiles / 32, kBytes = 2 * kWords * static_cast<int>(sizeof(uint32_t));
+  static constexpr int kTogether = 8;  // tiles of one entry: in the low byte any, in the high byte all
+  static constexpr int kBytes = kTiles / kTogether * static_cast<int>(sizeof(uint16_t));
 
-  uint32_t* words;  // any, then all
+  uint16_t* entries;
 
   static __device__ __forceinline__ bool exists(const ForwardParams& p) {
     return p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0;
   }
 
-  // All threads of the block; ends with a barrier.
+  // All threads of the block; ends with a barrier. A warp reads an entry's tiles at once, 16 keys a lane.
   template <int kThreads, int kKeys>
   __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
+    static_assert(kKeys * kTogether == 32 * 16);
     if (exists(p)) {
       const HeadMask<uint8_t> mask(p, batch, head);
       const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
-      for (int first = threadIdx.x - lane; first < tiles; first += kThreads) {
-        uint32_t any = 0;
-        bool all = true;
-#pragma unroll 1
-        for (int n = 0; n < kKeys; n += 16) {
-          const int key = (first + lane) * kKeys + n;
-          MaskRun<uint8_t, 16> run[1] = {};
-          if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
-          any |= run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3];
-          all &= run[0].keeps_all();
-        }
-        const uint32_t any_word = __ballot_sync(0xffffffffu, any != 0), all_word = __ballot_sync(0xffffffffu, all);
-        if (lane == 0) words[first / 32] = any_word, words[kWords + first / 32] = all_word;
+      for (int first = threadIdx.x / 32 * kTogether; first < tiles; first += kThreads / 32 * kTogether) {
+        const int key = first * kKeys + lane * 16;
+        MaskRun<uint8_t, 16> run[1] = {};
+        if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
+        const uint32_t any =
+            __ballot_sync(0xffffffffu, (run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3]) != 0);
+        const uint32_t all = __ballot_sync(0xffffffffu, run[0].keeps_all());
+        const uint32_t tile_any = any >> lane % kTogether * 4 & 15, tile_all = all >> lane % kTogether * 4 & 15;
+        const uint32_t entry = (__ballot_sync(0xffffffffu, tile_any != 0) & 0xff) |
+                               (__ballot_sync(0xffffffffu, tile_all == 15) & 0xff) << 8;
+        if (lane == 0) entries[first / kTogether] = static_cast<uint16_t>(entry);
       }
     }
     __syncthreads();
   }
 
+  // Of a mask for which there is a map.
+  __device__ __forceinline__ bool any(int tile) const {
+    return tile >= kTiles || (entries[tile / kTogether] >> tile % kTogether & 1) != 0;
+  }
+  __device__ __forceinline__ bool all(int tile) const {
+    return tile < kTiles && (entries[tile / kTogether] >> (tile % kTogether + 8) & 1) != 0;
+  }
+  // Of any mask.
   __device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int tile) const {
-    return !exists(p) || tile >= kTiles || (words[tile / 32] >> tile % 32 & 1) != 0;
+    return !exists(p) || any(tile);
   }
   __device__ __forceinline__ bool all_keys_take_part(const ForwardParams& p, int tile) const {
-    return exists(p) && tile < kTiles && (words[kWords + tile / 32] >> tile % 32 & 1) != 0;
+    return exists(p) && all(tile);
+  }
+};
+
+// Forward, a bool mask that is the same for every query: the entries of kKeys keys in shared memory.
+template <int kKeys>
+struct PaddingTile {
+  static constexpr int kBytes = kKeys;
+  uint32_t base;
+
+  // Complete after wait_for_copies and a barrier.
+  __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head, int key0) const {
+    const HeadMask<uint8_t> mask(p, batch, head);
+    const int thread = threadIdx.x, present = mask.S - key0;
+    if (mask.is_aligned(4)) {
+      if (thread < kKeys / 4) {
+        cp_async<4>(base + thread * 4, mask.data + key0 + thread * 4, min(max(present - thread * 4, 0), 4));
+      }
+    } else if (thread < kKeys) {
+      const uint32_t entry = thread < present ? __ldg(mask.data + (int64_t{key0} + thread) * mask.key_stride) : 0;
+      asm volatile("st.shared.u8 [%0], %1;" ::"r"(base + thread), "r"(entry) : "memory");
+    }
+  }
+  // Keys in order.
+  template <int kRowBlocks, int kCols>
+  __device__ __forceinline__ void apply(float (&scores)[kRowBlocks][kCols][4]) const {
+#pragma unroll
+    for (int n = 0; n < kCols; ++n) {
+      uint32_t pair;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=r"(pair) : "r"(base + n * 8 + threadIdx.x % 4 * 2));
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[m][n][i] = (pair & 0xffu << i % 2 * 8) != 0 ? scores[m][n][i] : -INFINITY;
+        }
+      }
+    }
   }
 };
 

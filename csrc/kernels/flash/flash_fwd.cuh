@@ -21,6 +21,7 @@
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
 #include "tile.cuh"
+#include "tile_stream.cuh"
 
 namespace sdpa {
 
@@ -31,21 +32,27 @@ template <class Arch, int kHeadDim, ScoreChange kChange>
 struct FlashForwardTile {
   static constexpr int kWarps = Arch::kAsyncCopy ? 4 : 8;
   static constexpr int kRowBlocks = Arch::kAsyncCopy ? 2 : 1;  // 16-row blocks of a warp
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = kHeadDim > 128 ? 32 : 64;
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
   static constexpr int kStep = kChange == ScoreChange::kFloatMask && kHeadDim != 64 ? 32 : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
   // At 128 the output fills the registers, and the variants that need more read the query from shared memory, too.
-  static constexpr bool kQueryInRegisters =
-      kHeadDim == 32 ? kChange == ScoreChange::kNone
-                     : kHeadDim == 64 && Arch::kAsyncCopy && kChange != ScoreChange::kFloatMask;
+  static constexpr bool kIsPlain = kChange == ScoreChange::kNone || kChange == ScoreChange::kKeyPadding;
+  static constexpr bool kQueryInRegisters = kHeadDim == 32   ? kIsPlain
+                                            : kHeadDim == 64 ? Arch::kAsyncCopy && kChange != ScoreChange::kFloatMask
+                                                             : kHeadDim == 80 && kIsPlain;
   static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
-  // Where in the step the next values' copies are issued, and whether addresses start anew from the parameters in each
-  // step or stay in registers. Measured on H200 with nvcc 13.0, where the other settings spill or lose 1 to 5 %.
-  static constexpr bool kLateValues = kHeadDim > 64;
+  // After which k-step of Q K^T the next tile's copies are issued: what does not spill at 128.
+  static constexpr int kKeysAfter = kHeadDim > 64 && kChange == ScoreChange::kFloatMask ? 1 : 0;
+  static constexpr int kValuesAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : 4;
+  // What else keeps variants from spilling.
+  static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
-      kHeadDim <= 32 ? kChange != ScoreChange::kDropout : kHeadDim > 64 && kChange != ScoreChange::kNone;
+      kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding);
+  // See OnlineSoftmax. With dropout it spills at 128.
+  static constexpr bool kFewInstructions =
+      kChange != ScoreChange::kFloatMask && !(kChange == ScoreChange::kDropout && kHeadDim > 64);
 };
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
@@ -59,16 +66,25 @@ struct FlashForward {
   static constexpr int kStages = Tile::kStages;
   static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
   static constexpr bool kBool = kChange == ScoreChange::kBoolMask, kFloat = kChange == ScoreChange::kFloatMask;
+  static constexpr bool kPadding = kChange == ScoreChange::kKeyPadding;
 
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch, kBool || kFloat>;
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch, kBool || kFloat>;  // of values too
+  static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : 192;  // of a row in shared memory
+  static constexpr bool kFewAddresses = kBool || kFloat || kCols == 192;
+  using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
+  using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
+  using Stream = TileStream<KeyTile, kThreads, KeyOrder, kHeadDim, Tile::kRecomputeAddresses>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
-  static constexpr bool kHasMap = kBool && Arch::kAsyncCopy;  // of the mask's tiles; elsewhere there is no room
+  using MaskTile = PaddingTile<kKeyTile>;
+  // Of the mask's tiles. Without cp.async there is no room for it; kBoolMask at 128 spills with it on sm80.
+  static constexpr bool kHasMap = (kPadding || (kBool && kHeadDim != 128)) && Arch::kAsyncCopy;
   static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
-  static constexpr int kSharedBytes = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
+  static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
+  static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
+  static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
+  static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
-  static_assert(kHeadDim % 32 == 0 && kKeyTile % 16 == 0);
+  static_assert(kHeadDim % 16 == 0 && kHeadDim <= kCols && kKeyTile % 16 == 0);
   static_assert(!(kBool || kFloat) || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
 
   // The key in column n * 8 + lane % 4 * 2 + i % 2 of the scores.
@@ -92,7 +108,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
 
   // Work of this block.
   int tile_number, batch_head;
-  if (!order.locate(tile_number, batch_head)) return;
+  if (!order.locate_quickly(tile_number, batch_head)) return;
   const int query_tiles = static_cast<int>(order.tiles);
   const int q0 = (query_tiles - 1 - tile_number) * Flash::kQueryTile;  // causal: the last tile is the longest
   const int heads = static_cast<int>(p.H);
@@ -109,27 +125,49 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
   };
   const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
-  const auto fetch_keys = [&](int tile, int stage) {
-    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
-    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
-    key_tile(stage)
-        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
-            key, tile * kKeyTile);
+  using Stream = typename Flash::Stream;
+  const HeadPlace place{base + Flash::kPlaceOffset};
+  if constexpr (Flash::kHasPlace) {
+    if (threadIdx.x == 0) {
+      place.put(Stream::first_row(p.key, batch, key_head, p.E), Stream::first_row(p.value, batch, key_head, p.Ev),
+                batch, head, key_head);
+    }
+    __syncthreads();
+  }
+  // Keys from here on are seen by no query of the block.
+  const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
+  const auto stream_keys = [&](int tile, int stage, bool run) {
+    Stream::fill(key_tile(stage), place.key_row(), static_cast<int>(p.key.stride[2] * 2), tile * kKeyTile, range.S,
+                 static_cast<int>(p.E), run);
   };
-  const auto fetch_values = [&](int tile, int stage) {
-    if constexpr (Tile::kRecomputeAddresses) asm volatile("" : "+r"(key_head), "+r"(batch));
-    const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-    value_tile(stage)
-        .template fill<kThreads, typename Flash::KeyOrder, Tile::kRecomputeAddresses && kChange != ScoreChange::kNone>(
-            value, tile * kKeyTile);
+  const auto stream_values = [&](int tile, int stage, bool run) {
+    Stream::fill(value_tile(stage), place.value_row(), static_cast<int>(p.value.stride[2] * 2), tile * kKeyTile,
+                 range.S, static_cast<int>(p.Ev), run);
+  };
+  // Of operands that a TileStream does not take.
+  const auto fetch = [&](int tile, int stage) {
+    if constexpr (Flash::kHasPlace) batch = place.batch(), key_head = place.key_head();
+    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+    key_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(key, tile * kKeyTile);
+    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(value, tile * kKeyTile);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
-  const TileMap map{reinterpret_cast<uint32_t*>(shared + Flash::kMapOffset)};
+  const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
   const auto next_tile = [&](int tile) {
-    if constexpr (Flash::kHasMap) {
-      while (range.matters(q0, tile * kKeyTile) && !map.any_key_takes_part(p, tile)) ++tile;
+    if constexpr (Flash::kPadding) {
+      while (tile * kKeyTile < key_end && !map.any(tile)) ++tile;
+    } else if constexpr (Flash::kHasMap) {
+      while (tile * kKeyTile < key_end && !map.any_key_takes_part(p, tile)) ++tile;
     }
     return tile;
+  };
+  const auto mask_tile = [&](int stage) {
+    return typename Flash::MaskTile{base + Flash::kPaddingOffset + stage * Flash::MaskTile::kBytes};
+  };
+  const auto fetch_mask = [&](int tile, int stage, bool passes) {
+    if constexpr (Flash::kPadding) {
+      if (!passes) mask_tile(stage).fill(p, place.batch(), place.head(), tile * kKeyTile);
+    }
   };
   const auto passes_all = [&](int tile) { return Flash::kHasMap && map.all_keys_take_part(p, tile); };
 
@@ -137,12 +175,24 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
 
-  query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  using QueryStream = TileStream<typename Flash::QueryTile, kThreads, InOrder, kHeadDim>;
+  const uint64_t query_row = Tile::kStreamsQuery ? QueryStream::first_row(p.query, batch, head, p.E) : 0;
+  if (query_row != 0) {
+    QueryStream::fill(query_tile, query_row, static_cast<int>(p.query.stride[2] * 2), q0, range.L,
+                      static_cast<int>(p.E), true);
+  } else {
+    query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
+  }
   if constexpr (Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
   const int first_tile = next_tile(0);
-  if (range.matters(q0, first_tile * kKeyTile)) {
-    fetch_keys(first_tile, 0);
-    fetch_values(first_tile, 0);
+  if (first_tile * kKeyTile < key_end) {
+    if (Flash::kHasPlace && place.streams()) {
+      stream_keys(first_tile, 0, true);
+      stream_values(first_tile, 0, true);
+    } else {
+      fetch(first_tile, 0);
+    }
+    fetch_mask(first_tile, 0, Flash::kPadding && map.all(first_tile));
   }
   wait_for_copies<Arch>();
   __syncthreads();
@@ -157,7 +207,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     }
   }
 
-  OnlineSoftmax<kRowBlocks> softmax(Flash::kFloat ? 1.f : scale_log2);
+  OnlineSoftmax<kRowBlocks, Tile::kFewInstructions> softmax(Flash::kFloat ? 1.f : scale_log2);
   float output[kRowBlocks][kHeadDim / 8][4] = {};
 
   // This lane's first row and, in tile `tile`, first key.
@@ -169,25 +219,34 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   const auto first_key = [&](int tile, int step) { return tile * kKeyTile + Flash::key(lane, step * (kStep / 8), 0); };
   BoolMask<kRowBlocks> bool_mask;
   bool passes = false;  // the mask is known not to touch this tile
+  if constexpr (Flash::kPadding) passes = map.all(first_tile);
   if constexpr (Flash::kBool) {
     passes = passes_all(first_tile);
     bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
   }
 
-  for (int tile = first_tile, next, parity = 0; range.matters(q0, tile * kKeyTile); tile = next, parity ^= 1) {
+  for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1) {
     const int k0 = tile * kKeyTile;
-    const int stage = Flash::kStages == 1 ? 0 : Flash::kBool ? parity : tile % Flash::kStages;
+    const int stage = Flash::kStages == 1 ? 0 : Flash::kHasMap ? parity : tile % Flash::kStages;
+    const bool streams = Flash::kHasPlace && place.streams();
+    next = next_tile(tile + 1);
+    const bool next_passes = Flash::kPadding && map.all(next);
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
     wait_for_copies<Arch>();
     __syncthreads();
-    next = next_tile(tile + 1);
-    if (Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
-      fetch_keys(next, stage ^ 1);
-      if constexpr (!Tile::kLateValues) fetch_values(next, stage ^ 1);
+    const bool has_next = next * kKeyTile < key_end, streams_next = streams && has_next;
+    if (Flash::kStages == 2 && has_next) {
+      if (!streams) fetch(next, stage ^ 1);
+      fetch_mask(next, stage ^ 1, next_passes);
+    }
+    if constexpr (Flash::kBool && Flash::kStages == 2) {
+      stream_keys(next, stage ^ 1, streams_next);
+      stream_values(next, stage ^ 1, streams_next);
     }
 
     const bool drops = kHasMask && p.dropout_p > 0.f;
     const auto turn_to_next = [&] {
+      if constexpr (Flash::kPadding) passes = next_passes;
       if constexpr (Flash::kBool) {  // these loads are on their way while the block waits for the next tile
         asm volatile("" : "+r"(head), "+r"(batch));
         passes = passes_all(next);
@@ -195,18 +254,12 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
       if constexpr (Flash::kStages == 1) {
         __syncthreads();
-        if (range.matters(q0, next * kKeyTile)) {
-          fetch_keys(next, 0);
-          fetch_values(next, 0);
-        }
+        if (has_next) fetch(next, 0);
       }
     };
     if constexpr (Flash::kBool) {
       if (!passes) bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
       if (!passes && !bool_mask.any()) {  // of this warp's scores
-        if (Tile::kLateValues && Flash::kStages == 2 && range.matters(q0, next * kKeyTile)) {
-          fetch_values(next, stage ^ 1);
-        }
         turn_to_next();
         continue;
       }
@@ -241,15 +294,19 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
             Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
           }
         }
-      }
-
-      if constexpr (Flash::kStages == 2 && Tile::kLateValues) {
-        if (step == 0 && range.matters(q0, next * kKeyTile)) fetch_values(next, stage ^ 1);
+        // The next tile's copies are issued while the tensor cores are busy.
+        if constexpr (Flash::kStages == 2 && !Flash::kBool) {
+          if (k == Tile::kKeysAfter) stream_keys(next, stage ^ 1, streams_next && step == 0);
+          if (k == Tile::kValuesAfter) stream_values(next, stage ^ 1, streams_next && step == 0);
+        }
       }
 
       // What must not be attended to is replaced, so that no NaN in it survives.
       if constexpr (Flash::kBool) {
         if (!passes) bool_mask.apply(scores);
+      }
+      if constexpr (Flash::kPadding) {
+        if (!passes) mask_tile(stage).apply(scores);
       }
       if constexpr (Flash::kFloat) {
         asm volatile("" : "+r"(head), "+r"(batch));
@@ -319,6 +376,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   }
 
   // O and LSE.
+  if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
   const int warp_row = q0 + warp * Flash::kWarpRows;
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
@@ -335,7 +393,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
       const bool writes = lane % 4 == 0 && row < p.L;
-      const int64_t i = int64_t{kHasMask ? batch * heads + head : batch_head} * p.L + row;
+      const int64_t i = int64_t{batch * heads + head} * p.L + row;
       if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
       if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }
@@ -355,8 +413,15 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   }
-  return p.mask_kind == MaskKind::kBool ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kBoolMask>(p, stream)
-                                        : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
+  if constexpr (Arch::kAsyncCopy) {
+    if (p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0 && p.dropout_p == 0.f) {
+      return launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kKeyPadding>(p, stream);
+    }
+  }
+  constexpr int kBoolHeadDim = kHeadDim == 96 ? 128 : kHeadDim;  // at 96 it spills
+  return p.mask_kind == MaskKind::kBool
+             ? launch_narrow_forward<Arch, T, kBoolHeadDim, ScoreChange::kBoolMask>(p, stream)
+             : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
 }
 
 // Head dims E and Ev from 1 to kHeadDim.
@@ -368,10 +433,19 @@ cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
   } else if constexpr (kHeadDim > 128) {
     static_assert(kHeadDim == 256);
     const int64_t columns = std::max(p.E, p.Ev);
+    // At 160 columns the output of 32 rows just fits into one warp's registers, if nothing else is in them.
+    if (columns <= 160 && p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
+      return launch_narrow_forward<Arch, T, 160, ScoreChange::kNone>(p, stream);
+    }
     return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)
            : columns <= 192 ? flash_forward_wide<Arch, T, 192>(p, stream)
                             : flash_forward_wide<Arch, T, 256>(p, stream);
   } else {
+    if constexpr (kHeadDim == 128 && Arch::kAsyncCopy) {
+      const int64_t columns = std::max(p.E, p.Ev);
+      if (columns <= 80) return flash_forward_narrow<Arch, T, 80>(p, stream);
+      if (columns <= 96) return flash_forward_narrow<Arch, T, 96>(p, stream);
+    }
     return flash_forward_narrow<Arch, T, kHeadDim>(p, stream);
   }
 }
