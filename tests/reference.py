@@ -64,28 +64,32 @@ def eager(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def dropout_threshold(p: float) -> int:
-    return int((1.0 - float(np.float32(p))) * 65536 + 0.5)
+    return int((1.0 - float(np.float32(p))) * 32768 + 0.5)
 
 
 def dropout_rescale(p: float) -> float:
-    """The inverse of the chance to be kept, which is a multiple of 1 / 65536."""
-    return 65536 / dropout_threshold(p) if dropout_threshold(p) else 0.0
+    """The inverse of the chance to be kept, which is a multiple of 1 / 32768."""
+    return 32768 / dropout_threshold(p) if dropout_threshold(p) else 0.0
 
 
 def dropout_keep(seed: int, p: float, batch_heads: int, rows: int, columns: int) -> Tensor:
     """(batch_heads, rows, columns), True where a score is kept: csrc/kernels/attn/dropout.h written again in numpy."""
     batch_head, row, col = np.meshgrid(*map(np.arange, (batch_heads, rows, columns)), indexing="ij")
     u32 = np.uint64(0xFFFFFFFF)
-    c0, c1, c2, c3 = (n.astype(np.uint64) for n in (col // 16, row // 16, batch_head, (row % 8) * 4 + (col % 8) // 2))
+    c0, c1, c2, c3 = (n.astype(np.uint64) for n in (col // 32, row // 32, batch_head, row % 8 * 8 + col % 8))
     k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)
     for _ in range(7):
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & u32, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & u32
         k0, k1 = k0 + np.uint64(0x9E3779B9) & u32, k1 + np.uint64(0xBB67AE85) & u32
-    number = col % 2 + 2 * (row // 8 % 2) + 4 * (col // 8 % 2)
-    word = np.choose(number // 2, (c0, c1, c2, c3))
-    half = (word >> (16 * (number % 2)).astype(np.uint64)) & np.uint64(0xFFFF)
-    return torch.from_numpy(half < dropout_threshold(p))
+    own_word = np.choose(row // 16 % 2 * 2 + col // 16 % 2, (c0, c1, c2, c3))
+    own_byte = own_word.astype(np.int64) >> (row // 8 % 2 * 8 + col // 8 % 2 * 16)
+    shared = np.zeros_like(row)
+    for bit in (31, 23, 15, 7):
+        for word in (c0, c1):
+            shared = shared * 2 + (word.astype(np.int64) >> bit & 1)
+    number = own_byte % 128 * 256 + 255 - shared
+    return torch.from_numpy(number < dropout_threshold(p))
 
 
 def upcoming_seed(device: str | torch.device) -> int:

@@ -31,14 +31,12 @@ static at::Tensor keep_on_cpu(int64_t seed, float p, int64_t first_batch_head, i
       const uint32_t batch_head = static_cast<uint32_t>(first_batch_head + i / rows);
       const uint32_t row = static_cast<uint32_t>(first_row + i % rows);
       uint8_t* const line = data + i * S;
-      // A lane holds two pairs of columns of this row: col, col + 1 and the same 8 further right.
-      for (int64_t block = 0; block < S; block += 16) {
-        for (uint32_t pair = 0; pair < 8; pair += 2) {
-          const uint32_t lane = Dropout::lane_of(row, pair);
-          const Philox8 drawn = dropout.draw(batch_head, row >> 4, static_cast<uint32_t>(block >> 4), lane);
-          for (const uint32_t col : {pair, pair + 1, pair + 8, pair + 9}) {
-            if (block + col < S) line[block + col] = drawn.number(Dropout::number_of(row, col)) < dropout.threshold;
-          }
+      // A draw decides on every eighth score of 32 in this row.
+      for (int64_t block = 0; block < S; block += 32) {
+        for (uint32_t col8 = 0; col8 < 8; ++col8) {
+          const Dropped16 dropped =
+              dropout.draw(batch_head, row / 32, static_cast<uint32_t>(block / 32), row % 8, col8);
+          for (uint32_t col = col8; col < 32 && block + col < S; col += 8) line[block + col] = dropped.keeps(row, col);
         }
       }
     }

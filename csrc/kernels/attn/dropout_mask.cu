@@ -9,8 +9,7 @@ namespace sdpa {
 
 constexpr int kDropoutMaskThreads = 256;
 
-// A thread draws once for eight neighbouring rows and columns would save little here: the math backend is bound by
-// its own memory traffic. So: a score a thread.
+// A score a thread, though a draw decides on 16: this is for the differentiable backward alone.
 static __global__ void dropout_mask_kernel(uint8_t* keep, int64_t first_batch_head, int64_t first_row, int64_t rows,
                                            int64_t S, int64_t count, float p, const int64_t* seed) {
   const Dropout dropout = Dropout::make(p, *seed);

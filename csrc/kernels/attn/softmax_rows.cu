@@ -107,17 +107,16 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
   const bool drops = p.dropout_p > 0.f;
   const Dropout dropout = Dropout::make(p.dropout_p, drops ? *p.seed : 0);
   const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head + batch * p.H + head);
-  // Bit i says whether dropout keeps column + i.
+  // Bit i says whether dropout keeps column + i. Eight lanes have 32 neighbouring columns; each draws for every eighth
+  // of them (see dropout.h), and all lanes of the warp see what became of all.
   const auto kept_of = [&](uint32_t column) {
-    uint32_t kept = 0;
-#pragma unroll
-    for (uint32_t pair = 0; pair < 4; pair += 2) {  // two neighbours come from one draw
-      const uint32_t at = column + pair;
-      const Philox8 drawn = dropout.draw(batch_head, row >> 4, at >> 4, Dropout::lane_of(row, at));
-      if (drawn.number(Dropout::number_of(row, at)) < dropout.threshold) kept |= 1u << pair;
-      if (drawn.number(Dropout::number_of(row, at + 1)) < dropout.threshold) kept |= 2u << pair;
-    }
-    return kept;
+    const uint32_t half = row / 16 % 2, bit = 7 + row / 8 % 2 * 8;
+    const Dropped16 drawn = dropout.draw(batch_head, row / 32, column / 32, row % 8, lane % 8);
+    const uint32_t left = drawn.word_of(half, 0) >> bit, right = drawn.word_of(half, 1) >> bit;
+    const auto all = [](uint32_t x) { return __ballot_sync(0xffffffffu, x & 1); };
+    const uint32_t octets[4] = {all(left), all(left >> 16), all(right), all(right >> 16)};
+    const uint32_t of_left = lane & 2 ? octets[1] : octets[0], of_right = lane & 2 ? octets[3] : octets[2];
+    return ~(lane & 4 ? of_right : of_left) >> (lane % 32 / 8 * 8 + lane % 2 * 4) & 15u;
   };
   const auto drop = [](float4& x, uint32_t kept) {
     if (!(kept & 1)) x.x = 0.f;
@@ -148,12 +147,13 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
     });
     if (!drops) return;
     kept = 0;
+#pragma unroll 1
+    for (int i = 0; i < kChunks && tile + i * kStep + lane / 32 * 128 < columns; ++i) {  // the warp's first column
+      kept |= kept_of(tile + i * kStep + lane * 4) << 4 * i;
+    }
+    if constexpr (kBackward) {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int column = tile + i * kStep + lane * 4;
-      if (column >= columns) break;
-      kept |= kept_of(column) << 4 * i;
-      if constexpr (kBackward) drop(g[i], kept >> 4 * i);
+      for (int i = 0; i < kChunks; ++i) drop(g[i], kept >> 4 * i);
     }
   };
 

@@ -30,13 +30,16 @@ struct NarrowTile {
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
   // Queries whose scores are in registers at once: 32 where there is room.
-  static constexpr int kStep = kEdit == ScoreEdit::kNone                       ? 32
-                               : kEdit == ScoreEdit::kDropout && kHeadDim > 32 ? 32
-                               : kEdit == ScoreEdit::kMask && kHeadDim > 64    ? 32
-                                                                               : 16;
+  static constexpr int kStep = kEdit == ScoreEdit::kNone                    ? 32
+                               : kEdit == ScoreEdit::kDropout               ? 32
+                               : kEdit == ScoreEdit::kMask && kHeadDim > 64 ? 32
+                                                                            : 16;
   static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 1 : kKeyBlocks;
+  // Dropout: whether its numbers are drawn before the scores are there, and how (see DroppedBlock). Other settings
+  // spill.
+  static constexpr bool kDrawsEarly = kHeadDim > 64, kPacksDropped = kHeadDim > 32;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
 };
 
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   using KeyOrder = typename Flash::KeyOrder;
 
   using Product = Mma<Arch, T>;
-  constexpr bool kHasMask = Flash::kHasMask;
+  constexpr bool kHasMask = Flash::kHasMask, kDrops = kEdit == ScoreEdit::kDropout;
   constexpr int kKeyBlocks = Flash::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
   constexpr int kThreads = Flash::kThreads, kSteps = Flash::kSteps, kStep = Flash::kStep;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -172,8 +175,9 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     if (threadIdx.x >= kQueryTile) return;
     // +inf makes every probability of a row with nothing to attend to 0.
-    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
-    shared_delta[threadIdx.x] = row.y;
+    const float lse = kDrops ? fmaf(row.x, kLog2E, -dropout.log2_rescale) : row.x * kLog2E;
+    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : lse;
+    shared_delta[threadIdx.x] = kDrops ? row.y * dropout.chance : row.y;  // see DroppedKeys::gradient
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
@@ -216,9 +220,9 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 
     const bool mask_from_registers =
         kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p) && q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
-    const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
+    const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
     int steps = kQueryTile / kStep;
-    if constexpr (kEdit != ScoreEdit::kNone || !Arch::kAsyncCopy)
+    if constexpr (kHasMask || (kDrops && kHeadDim > 64) || !Arch::kAsyncCopy)
       asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
@@ -227,6 +231,14 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         mask.read_early(p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
                         k0 + KeyOrder::key(warp_block * 16 + lane / 4));
       }
+
+      DroppedKeys<T, kHasMask, kKeyBlocks, kStep, Tile::kPacksDropped> dropped;
+      const auto draw_dropped = [&](int k) {
+        asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
+        const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
+        dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
+      };
+      if constexpr (kDrops && Tile::kDrawsEarly) draw_dropped(0);
 
       // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
       float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
@@ -300,17 +312,23 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
       for (int k = 0; k < kStep / 16; ++k) {
         const int query_block = step * (kStep / 16) + k;
         uint32_t a[kKeyBlocks][4];
+        float2 deltas[2];
+        const auto read_deltas = [&] {
+          const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
+          deltas[0] = delta[0], deltas[1] = delta[4];
+        };
+        if constexpr (kDrops) read_deltas();
+        if (drops && !(kDrops && Tile::kDrawsEarly)) draw_dropped(k);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
           float (&left)[4] = scores[m][2 * k], (&right)[4] = scores[m][2 * k + 1];
 #pragma unroll
           for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
-          if (drops) {
-            start_anew();
-            const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
-            const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + query_block), k0 + warp_block * 16, m};
-            drop<T, kHasMask, kKeyBlocks>(a[m], left, right, grad_scores[m][2 * k], grad_scores[m][2 * k + 1], p,
-                                          dropout, at);
+          float (&grad_left)[4] = grad_scores[m][2 * k], (&grad_right)[4] = grad_scores[m][2 * k + 1];
+          if constexpr (kDrops) {
+            dropped.gradient(a[m], left, right, grad_left, grad_right, deltas, m, k);
+          } else if (drops) {
+            dropped.drop(a[m], left, right, grad_left, grad_right, dropout.rescale, m);
           } else {
             to_operand<T>(a[m], left, right);
           }
@@ -326,12 +344,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
             Product::add(grad_value[m][2 * n + 1], a[m], b[2], b[3]);
           }
         }
-        const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
-        const float2 deltas[2] = {delta[0], delta[4]};
+        if constexpr (!kDrops) read_deltas();
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
+          for (int i = 0; i < 8 && !kDrops; ++i) {
             const float2& row = deltas[i / 4];
             scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
           }
@@ -412,7 +429,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   __syncthreads();
   const int warp_row = k0 + warp_block * 16;
   if (p.grad_value.data != nullptr) {
-    if constexpr (kEdit != ScoreEdit::kNone) {
+    if constexpr (kHasMask) {
 #pragma unroll
       for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll

@@ -12,11 +12,11 @@
 
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
-#include "../attn/dropout.h"
 #include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
+#include "score_dropout.cuh"
 #include "score_mask.cuh"
 #include "tile.cuh"
 
@@ -79,6 +79,7 @@ struct ScoreGradient {
     const bool is_partial = k0 + kKeys > p.S || (p.is_causal && k0 + kKeys > row0 + 1);
     const TileLimit limit{static_cast<int>(min(p.S - k0, int64_t{kKeys})), p.is_causal ? row0 - k0 : kKeys};
     const bool drops = p.dropout_p > 0.f;
+    DroppedBlock<false, false> dropped;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
       if (is_partial) {
@@ -87,15 +88,15 @@ struct ScoreGradient {
           if (!limit.sees(lane / 4 + i / 2 * 8, n * 8 + lane % 4 * 2 + i % 2)) scores[n][i] = -INFINITY;
         }
       }
-      if (drops && n % 2 == 0) {
-        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-        const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head + int64_t{batch} * p.H + head);
-        const Philox8 x = draw.draw(batch_head, row0 / 16, k0 / 16 + n / 2, lane);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& dp = grad_scores[n + i / 4][i % 4];
-          dp = x.number(i) < dropout.threshold ? dp * dropout.rescale : 0.f;
+      if (drops) {
+        if (n % 4 == 0) {
+          const Dropout draw = dropout.with_seed(*p.seed);
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head + int64_t{batch} * p.H + head);
+          dropped.draw(draw, batch_head, row0 / 32, (k0 + n * 8) / 32, row0 / 16 % 2 == 1);
         }
+        if (n % 2 == 0) dropped.drop(grad_scores[n], grad_scores[n + 1], 0, n / 2 % 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_scores[n][i] *= dropout.rescale;
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] = exp2_approx(scores[n][i]) * (grad_scores[n][i] - delta[i / 2]);

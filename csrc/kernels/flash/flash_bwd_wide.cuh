@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   using KeyOrder = typename Flash::KeyOrder;
   using Barrier = typename Flash::Barrier;
   using Product = Mma<Arch, T>;
-  constexpr bool kHasMask = Flash::kHasMask;
+  constexpr bool kHasMask = Flash::kHasMask, kDrops = kEdit == ScoreEdit::kDropout;
   constexpr int kKeyBlocks = Tile::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
   constexpr int kThreads = Flash::kThreads, kShareBlocks = Flash::kShareBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -185,8 +185,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   const auto publish_row = [&](const float3& row) {
     if (threadIdx.x >= kQueryTile) return;
     // +inf makes every probability of a row with nothing to attend to 0.
-    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : row.x * kLog2E;
-    shared_delta[threadIdx.x] = row.y;
+    const float lse = kDrops ? fmaf(row.x, kLog2E, -dropout.log2_rescale) : row.x * kLog2E;
+    shared_lse[threadIdx.x] = row.x == -INFINITY ? INFINITY : lse;
+    shared_delta[threadIdx.x] = kDrops ? row.y * dropout.chance : row.y;  // see DroppedKeys::gradient
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     const int q0 = here.q0;
     const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
 
-    const bool drops = kEdit == ScoreEdit::kDropout || (kHasMask && p.dropout_p > 0.f);
+    const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
     constexpr int kBlocks = Flash::kShareQueries / 16;
     const int first_block = share * kBlocks;  // of 16 queries, in the tile
     // By 16 queries. The entries of a bool mask, which has no gradient, are read before the products, those of others
@@ -327,29 +328,34 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     // them.
     constexpr bool kKeepsShare = !kHasMask;
     uint32_t own_probabilities[kBlocks][kKeyBlocks][4], own_scores[kBlocks][kKeyBlocks][4];
+    DroppedKeys<T, kHasMask, kKeyBlocks, Flash::kShareQueries, false> dropped;
     done.wait(parity ^ 1);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
       const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
       const float2* const delta = reinterpret_cast<const float2*>(shared_delta + first_row);
       const float2 deltas[2] = {delta[0], delta[4]};
+      if (drops) {
+        start_anew();
+        const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
+        dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + query_block * 16, k0 + warp_block * 16, n);
+      }
 #pragma unroll
       for (int m = 0; m < kKeyBlocks; ++m) {
         float (&left)[4] = scores[n][m][0], (&right)[4] = scores[n][m][1];
 #pragma unroll
         for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
         uint32_t (&a)[4] = own_probabilities[n][m], (&b)[4] = own_scores[n][m];
-        if (drops) {
-          start_anew();
-          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
-          const DropoutPlace at{batch_head, static_cast<uint32_t>(q0 / 16 + query_block), k0 + warp_block * 16, m};
-          drop<T, kHasMask, kKeyBlocks>(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], p, dropout, at);
+        if constexpr (kDrops) {
+          dropped.gradient(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], deltas, m, n);
+        } else if (drops) {
+          dropped.drop(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], dropout.rescale, m);
         } else {
           to_operand<T>(a, left, right);
         }
         probability_tile.put_a(a, warp_block + m, query_block);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 8 && !kDrops; ++i) {
           const float2& row = deltas[i / 4];
           scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
         }
@@ -448,7 +454,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     }
   };
   put(grad_key, key_tile, p.scale);
-  put(grad_value, value_tile, kEdit == ScoreEdit::kNone ? 1.f : dropout.rescale);
+  put(grad_value, value_tile, kHasMask ? dropout.rescale : 1.f);
   __syncthreads();
   const auto write = [&](const typename Flash::KeyTile& tile, const Operand& operand, int64_t cols) {
     if (operand.data == nullptr) return;

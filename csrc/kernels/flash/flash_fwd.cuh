@@ -35,7 +35,10 @@ struct FlashForwardTile {
   static constexpr int kKeys = kHeadDim > 128 ? 32 : 64;
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
-  static constexpr int kStep = kChange == ScoreChange::kFloatMask && kHeadDim != 64 ? 32 : kKeys;
+  static constexpr int kStep =
+      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kChange == ScoreChange::kDropout && kHeadDim > 64)
+          ? 32
+          : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
   // At 128 the output fills the registers, and the variants that need more read the query from shared memory, too.
   static constexpr bool kIsPlain = kChange == ScoreChange::kNone || kChange == ScoreChange::kKeyPadding;
@@ -53,6 +56,7 @@ struct FlashForwardTile {
   // See OnlineSoftmax. With dropout it spills at 128.
   static constexpr bool kFewInstructions =
       kChange != ScoreChange::kFloatMask && !(kChange == ScoreChange::kDropout && kHeadDim > 64);
+  static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
@@ -225,6 +229,11 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
   }
 
+  [[maybe_unused]] Dropout seeded = dropout;
+  if constexpr (kChange == ScoreChange::kDropout && Tile::kKeepsSeed) {
+    seeded.seed = static_cast<uint64_t>(*p.seed);
+    asm volatile("" : "+l"(seeded.seed));
+  }
   for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1) {
     const int k0 = tile * kKeyTile;
     const int stage = Flash::kStages == 1 ? 0 : Flash::kHasMap ? parity : tile % Flash::kStages;
@@ -265,7 +274,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
     }
 
-    uint32_t kept[kRowBlocks];
+    uint32_t dropped_of_rows[kRowBlocks];
 #pragma unroll 1
     for (int step = 0; step < kKeyTile / kStep; ++step) {
       FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords, false> float_mask;
@@ -330,35 +339,42 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       softmax.see(scores, output);
 
       if (drops) {
-        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
+        const Dropout draw = dropout.with_seed(*p.seed);
         if (step == 0) {
-          kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
-                       q0 / 16 + warp_block, first_key(tile, 0) / 16);
+          dropped_columns(dropped_of_rows, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
+                          q0 + warp_block * 16, first_key(tile, 0));
         }
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
           for (int i = 0; i < kStep / 2; ++i) {
-            if (!(kept[m] >> (step * (kStep / 2) + i) & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
+            const bool drops_it = dropped_of_rows[m] >> (step * (kStep / 2) + i) & 1;
+            if (drops_it) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
           }
         }
       }
 
       // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
       const auto values = value_tile(stage);
+      DroppedBlock<false, false, true> dropped;  // of 32 keys
 #pragma unroll
       for (int k = 0; k < kStep / 16; ++k) {
+        if constexpr (kChange == ScoreChange::kDropout) {
+          if (k % 2 == 0) {
+            const Dropout draw = Tile::kKeepsSeed ? seeded : dropout.with_seed(*p.seed);
+            asm volatile("" : "+r"(batch), "+r"(head));  // what is made of them does not stay in registers
+            const int block = q0 / 16 + warp_block;
+            dropped.draw(draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, block / 2,
+                         (k0 + step * kStep + k * 16) / 32, kRowBlocks == 1 && block % 2 == 1);
+          }
+        }
         uint32_t probability[kRowBlocks][4];
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           softmax.exponentiate(scores[m][2 * k], m);
           softmax.exponentiate(scores[m][2 * k + 1], m);
-          if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
-            const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-            drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
-                       static_cast<uint32_t>(p.first_batch_head) + batch_head, q0 / 16 + warp_block + m, k0 / 16 + k);
-          }
           to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+          if constexpr (kChange == ScoreChange::kDropout) dropped.drop(probability[m], m, k % 2);
         }
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {

@@ -250,35 +250,38 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, k
 
     if constexpr (kHasMask) {
       if (p.dropout_p > 0.f) {
-        const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-        uint32_t kept[kRowBlocks];
-        kept_columns(kept, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, team_row / 16,
-                     key / 16);
+        const Dropout draw = dropout.with_seed(*p.seed);
+        uint32_t dropped[kRowBlocks];
+        dropped_columns(dropped, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, team_row, key);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          kept[m] >>= side * 8 * kKeyBlocks;
+          dropped[m] >>= side * 8 * kKeyBlocks;
 #pragma unroll
           for (int i = 0; i < 8 * kKeyBlocks; ++i) {
-            if (!(kept[m] >> i & 1)) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
+            if (dropped[m] >> i & 1) softmax.take_out(scores[m][i / 4][i % 4], m, i % 4 / 2);
           }
         }
       }
     }
 
     uint32_t probability[kKeyBlocks][kRowBlocks][4];  // of this warp's half of the keys
+    DroppedBlock<false, false, true> dropped_block;
+    if constexpr (kChange == ScoreChange::kDropout) {
+      static_assert(kKeyBlocks <= 2 && kRowBlocks <= 2);
+      const Dropout draw = dropout.with_seed(*p.seed);
+      asm volatile("" : "+r"(batch), "+r"(head));  // what is made of them does not stay in registers
+      dropped_block.draw(draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, team_row / 32,
+                         (k0 + side * kKeyBlocks * 16) / 32, kRowBlocks == 1 && team_row / 16 % 2 == 1,
+                         kKeyBlocks == 1 && side % 2 == 1);
+    }
 #pragma unroll
     for (int k = 0; k < kKeyBlocks; ++k) {
 #pragma unroll
       for (int m = 0; m < kRowBlocks; ++m) {
         softmax.exponentiate(scores[m][2 * k], m);
         softmax.exponentiate(scores[m][2 * k + 1], m);
-        if constexpr (kChange == ScoreChange::kDropout) {  // the sums are those of all
-          const Dropout draw{static_cast<uint64_t>(*p.seed), dropout.threshold, dropout.rescale};
-          drop_block(scores[m][2 * k], scores[m][2 * k + 1], draw,
-                     static_cast<uint32_t>(p.first_batch_head) + batch_head, team_row / 16 + m,
-                     k0 / 16 + side * kKeyBlocks + k);
-        }
         to_operand<T>(probability[k][m], scores[m][2 * k], scores[m][2 * k + 1]);
+        if constexpr (kChange == ScoreChange::kDropout) dropped_block.drop(probability[k][m], m, k);
         probability_tile.put_a(probability[k][m], team_block + m, side * kKeyBlocks + k);
       }
     }

@@ -114,29 +114,28 @@ __device__ __forceinline__ void scale_and_mask_transposed(Scores<Warp>& score, f
   }
 }
 
-// Which of a warp's transposed scores dropout keeps: bit 4 n + i for element i of 8-query tile n. For each of its two
-// queries in a 16 x 16 block a lane needs half of the numbers of one draw, and its neighbour in keys the other half:
-// each draws once, and they swap.
+// Which of a warp's transposed scores dropout keeps: bit 4 n + i for element i of 8-query tile n. A lane has scores of
+// two draws in every 32 queries (see dropout.h), half of them since it has 16 keys.
 template <class Warp>
 __device__ __forceinline__ uint32_t kept_scores(const Dropout& dropout, int64_t batch_head, int first_query,
                                                 int first_key) {
   static_assert(4 * Warp::kTiles <= 32);
-  const uint32_t lane = threadIdx.x % 32, is_odd = lane / 4 % 2;
-  uint32_t kept = 0;
+  uint32_t dropped = 0;
 #pragma unroll
-  for (int block = 0; block < Warp::kTiles / 2; ++block) {
-    const Philox8 drawn = dropout.draw(static_cast<uint32_t>(batch_head), first_query / 16 + block, first_key / 16,
-                                       Dropout::lane_of(lane % 4 * 2 + is_odd, lane / 4));
+  for (int n = 0; n < Warp::kTiles; n += 4) {
 #pragma unroll
-    for (int word = 0; word < 4; ++word) {  // number = key % 2 + 2 * (query / 8 % 2) + 4 * (key / 8 % 2)
-      const uint32_t other = __shfl_xor_sync(~0u, drawn.word[word], 4);
-      const uint32_t first = is_odd ? other : drawn.word[word], second = is_odd ? drawn.word[word] : other;
-      const int n = 2 * block + word % 2, i = word / 2 * 2;
-      kept |= (first >> is_odd * 16 & 0xffffu) < dropout.threshold ? 1u << (4 * n + i) : 0u;
-      kept |= (second >> is_odd * 16 & 0xffffu) < dropout.threshold ? 1u << (4 * n + i + 1) : 0u;
+    for (int is_odd = 0; is_odd < 2; ++is_odd) {
+      const Dropped16 drawn = dropout.draw(static_cast<uint32_t>(batch_head), first_query / 32 + n / 4, first_key / 32,
+                                           threadIdx.x % 4 * 2 + is_odd, threadIdx.x % 32 / 4);
+#pragma unroll
+      for (int tile = n; tile < n + 4 && tile < Warp::kTiles; ++tile) {
+        const uint32_t word = drawn.word_of(Warp::kTiles < 4 ? first_query / 16 % 2 : tile / 2 % 2, first_key / 16 % 2);
+        dropped |= (word >> (7 + tile % 2 * 8) & 1) << (4 * tile + is_odd);           // the lane's first key
+        dropped |= (word >> (7 + tile % 2 * 8 + 16) & 1) << (4 * tile + 2 + is_odd);  // and its second, 8 further
+      }
     }
   }
-  return kept;
+  return ~dropped;
 }
 
 // Where key n of eight stands in the score tile: an operand `a` read from there has its k in the order of

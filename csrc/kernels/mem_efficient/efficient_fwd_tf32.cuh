@@ -83,20 +83,26 @@ __device__ __forceinline__ void scale_and_mask(Scores<Warp>& score, float scale,
   }
 }
 
-// Makes 0 of the scores that dropout drops. One draw decides on eight of a lane's scores (see dropout.h).
+// Makes 0 of the scores that dropout drops (see dropout.h). A lane has scores of two draws in every 32 keys, all of
+// them if it has 32 queries' rows.
 template <class Warp>
 __device__ __forceinline__ void drop_scores(Scores<Warp>& score, const Dropout& dropout, int64_t batch_head,
                                             int first_query, int first_key) {
+  static_assert(Warp::kTiles % 4 == 0 && Warp::kRowBlocks <= 2);
 #pragma unroll
-  for (int m = 0; m < Warp::kRowBlocks; ++m) {
+  for (int n = 0; n < Warp::kTiles / 4; ++n) {
 #pragma unroll
-    for (int n = 0; n < Warp::kTiles / 2; ++n) {
-      const Philox8 drawn =
-          dropout.draw(static_cast<uint32_t>(batch_head), first_query / 16 + m, first_key / 16 + n, threadIdx.x % 32);
+    for (int is_odd = 0; is_odd < 2; ++is_odd) {
+      const Dropped16 dropped = dropout.draw(static_cast<uint32_t>(batch_head), first_query / 32, first_key / 32 + n,
+                                             threadIdx.x % 32 / 4, threadIdx.x % 4 * 2 + is_odd);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& x = score[2 * m + i / 2 % 2][4 * n + i / 4 * 2 + i % 2];
-        x = drawn.number(i) < dropout.threshold ? x : 0.f;
+      for (int i = 0; i < Warp::kRowsOwned; ++i) {  // 8 rows apart, and so are the columns
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t word = dropped.word_of(Warp::kRowBlocks == 2 ? i / 2 : first_query / 16 % 2, j / 2);
+          float& x = score[i][8 * n + 2 * j + is_odd];
+          x = word >> (7 + i % 2 * 8 + j % 2 * 16) & 1 ? 0.f : x;
+        }
       }
     }
   }

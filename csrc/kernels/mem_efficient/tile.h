@@ -139,8 +139,8 @@ struct Matrix {
 };
 
 // Rows and columns stand in shared memory in another order within each 16: n = 0b dcba is at place 0b cbda. A thread,
-// which owns groups of four neighbouring places, so owns pairs of rows and of columns and the same pairs 8 further on:
-// together all that one Philox draw decides (see dropout.h), be the rows queries or keys.
+// which owns groups of four neighbouring places, so owns pairs of rows and of columns and the same pairs 8 further on,
+// which one Philox draw decides on (see dropout.h).
 __host__ __device__ constexpr int place_of(int n) {
   return (n & ~14) | ((n & 6) << 1) | ((n & 8) >> 2);
 }
@@ -399,27 +399,35 @@ __device__ __forceinline__ void scale_and_mask(Scores<Tile>& score, const Tile& 
   }
 }
 
-// Calls f(i, j, keep) for every score a thread owns, one draw for eight of them. first_query and first_key are those
-// of the tile; its rows are queries or, in the kernel for key and value gradients, keys.
+// Calls f(i, j, keep) for every score a thread owns. first_query and first_key are those of the tile; its rows are
+// queries or, in the kernel for key and value gradients, keys. One draw decides on what is 8, 16 or 24 apart (see
+// dropout.h): owned rows or columns n and n + 2 are 8 apart, n and n + 4 are 16 apart for some tiles.
 template <bool kRowsAreKeys, class Tile, class F>
 __device__ __forceinline__ void for_each_keep(const Dropout& dropout, int64_t batch_head, int first_query,
                                               int first_key, F f) {
+  constexpr bool kFarRows = Tile::kRowsOwned > 4 && Tile::owned(4, 4 * Tile::kWarpRows) == 16;
+  constexpr bool kFarColumns = Tile::kColumnsOwned > 4 && Tile::owned(4, 4 * Tile::kThreadsX) == 16;
+  constexpr bool kFarQueries = kRowsAreKeys ? kFarColumns : kFarRows;
+  constexpr bool kFarKeys = kRowsAreKeys ? kFarRows : kFarColumns;
   const Tile t = Tile::of_thread();
 #pragma unroll
   for (int i = 0; i < Tile::kRowsOwned; ++i) {
-    if ((i & 2) || (kRowsAreKeys && (i & 1))) continue;
+    if ((i & 2) || (kFarRows && (i & 4))) continue;
 #pragma unroll
     for (int j = 0; j < Tile::kColumnsOwned; ++j) {
-      if ((j & 2) || (!kRowsAreKeys && (j & 1))) continue;
+      if ((j & 2) || (kFarColumns && (j & 4))) continue;
       const uint32_t query = first_query + (kRowsAreKeys ? t.column(j) : t.row(i));
       const uint32_t key = first_key + (kRowsAreKeys ? t.row(i) : t.column(j));
-      const Philox8 drawn =
-          dropout.draw(static_cast<uint32_t>(batch_head), query >> 4, key >> 4, Dropout::lane_of(query, key));
+      const Dropped16 dropped =
+          dropout.draw(static_cast<uint32_t>(batch_head), query / 32, key / 32, query % 8, key % 8);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int key_offset = (n & 1) + 2 * (n >> 2), query_offset = n & 2;  // in owned rows or columns: 2 means +8
-        const bool keep = drawn.number(n) < dropout.threshold;
-        f(i + (kRowsAreKeys ? key_offset : query_offset), j + (kRowsAreKeys ? query_offset : key_offset), keep);
+      for (int m = 0; m < (kFarQueries ? 4 : 2); ++m) {
+#pragma unroll
+        for (int n = 0; n < (kFarKeys ? 4 : 2); ++n) {
+          const uint32_t word = dropped.word_of(kFarQueries ? m / 2 : query / 16 % 2, kFarKeys ? n / 2 : key / 16 % 2);
+          const bool keep = !(word >> (7 + m % 2 * 8 + n % 2 * 16) & 1);
+          f(i + 2 * (kRowsAreKeys ? n : m), j + 2 * (kRowsAreKeys ? m : n), keep);
+        }
       }
     }
   }

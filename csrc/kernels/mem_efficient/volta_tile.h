@@ -417,8 +417,8 @@ __device__ __forceinline__ void scale_and_mask(Scores<Tile>& score, const Tile& 
   }
 }
 
-// Calls f(i, j, keep) for every score a lane owns. Eight of them are one draw's where rows are queries; where they are
-// keys a draw has four, since a lane owns no two neighbouring keys.
+// Calls f(i, j, keep) for every score a lane owns. Four of them are one draw's (see dropout.h): rows i and i + 1 are 8
+// apart, and so are columns j and j + 4.
 template <bool kRowsAreKeys, class Tile, class F>
 __device__ __forceinline__ void for_each_keep(const Tile& t, const Dropout& dropout, int64_t batch_head,
                                               ScoreOrigin<kRowsAreKeys> origin, F f) {
@@ -426,21 +426,17 @@ __device__ __forceinline__ void for_each_keep(const Tile& t, const Dropout& drop
   for (int i = 0; i < Tile::kRowsOwned; i += 2) {
 #pragma unroll
     for (int j = 0; j < Tile::kColumnsOwned; ++j) {
-      if ((j & 4) || (!kRowsAreKeys && (j & 1))) continue;
+      if (j & 4) continue;
       const uint32_t query = origin.query() + (kRowsAreKeys ? t.column(j) : t.row(i));
       const uint32_t key = origin.key() + (kRowsAreKeys ? t.row(i) : t.column(j));
-      const Philox8 drawn =
-          dropout.draw(static_cast<uint32_t>(batch_head), query >> 4, key >> 4, Dropout::lane_of(query, key));
+      const Dropped16 dropped =
+          dropout.draw(static_cast<uint32_t>(batch_head), query / 32, key / 32, query % 8, key % 8);
+      const uint32_t word = dropped.word_of(query / 16 % 2, key / 16 % 2);
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int next_key = n & 1, further_query = n >> 1 & 1, further_key = n >> 2;
-        if constexpr (kRowsAreKeys) {
-          if (next_key) continue;
-          const uint32_t number = key & 1 ? drawn.number(n + 1) : drawn.number(n);
-          f(i + further_key, j + 4 * further_query, number < dropout.threshold);
-        } else {
-          f(i + further_query, j + next_key + 4 * further_key, drawn.number(n) < dropout.threshold);
-        }
+      for (int n = 0; n < 4; ++n) {
+        const int further_query = n % 2, further_key = n / 2;
+        const bool keep = !(word >> (7 + 8 * further_query + 16 * further_key) & 1);
+        f(i + (kRowsAreKeys ? further_key : further_query), j + 4 * (kRowsAreKeys ? further_query : further_key), keep);
       }
     }
   }
