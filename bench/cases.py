@@ -176,6 +176,10 @@ GROUPS_TEXT = {
         B2 H16 L4096 D128 float32 causal
         B4 H16 L2048 D64 float32 backward
         B2 H16 L4096 D128 float32 causal backward
+        B4 H16 L2048 D32 float32
+        B4 H16 L2048 D32 float32 backward
+        B4 H8 L2048 D256 float32
+        B4 H8 L2048 D256 float32 backward
     """,
     "decode": """
         B1 H32/8 L1 S65536 D128 bfloat16

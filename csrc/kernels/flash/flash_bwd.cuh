@@ -98,8 +98,8 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
     } else {
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
       using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
-      // 128 queries read less from shared memory for a product, but leave no registers for the mask's gradient.
-      using Huge = std::conditional_t<kEdit == ScoreEdit::kMaskGradient, WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
+      // 128 queries read less from shared memory for a product, but leave no registers for a mask.
+      using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
                                       WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
       using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
       const bool is_huge = limit >= Huge::kMaxSharedBytes;

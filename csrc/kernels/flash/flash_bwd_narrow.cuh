@@ -36,7 +36,7 @@ struct NarrowTile {
                                                                             : 16;
   static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
-  static constexpr int kEarlyMaskWords = kHeadDim <= 32 ? 1 : kKeyBlocks;
+  static constexpr int kEarlyMaskWords = kHeadDim > 32 ? kKeyBlocks : kEdit == ScoreEdit::kMaskGradient ? 0 : 1;
   // Dropout: whether its numbers are drawn before the scores are there, and how (see DroppedBlock). Other settings
   // spill.
   static constexpr bool kDrawsEarly = kHeadDim > 64, kPacksDropped = kHeadDim > 32;
@@ -54,6 +54,7 @@ struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
   static constexpr int kStages = 1, kGradStages = 1;
   static constexpr bool kValueInRegisters = true;
   static constexpr int kEarlyMaskWords = kKeyBlocks;
+  static constexpr bool kDrawsEarly = false, kPacksDropped = kHeadDim > 32;
   static constexpr int kBlocksPerSm = 1;
 };
 

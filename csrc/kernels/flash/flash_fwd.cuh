@@ -48,7 +48,10 @@ struct FlashForwardTile {
   static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
   // After which k-step of Q K^T the next tile's copies are issued: what does not spill at 128.
   static constexpr int kKeysAfter = kHeadDim > 64 && kChange == ScoreChange::kFloatMask ? 1 : 0;
-  static constexpr int kValuesAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : 4;
+  static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
+                                      : kHeadDim <= 64                     ? 1
+                                      : kChange == ScoreChange::kFloatMask ? 2
+                                                                           : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
