@@ -19,4 +19,12 @@ struct Sm80 {  // sm80, and the only path so far for everything newer; 99 KB is 
   static constexpr bool kAsyncCopy = true;
 };
 
+// Whether this pass of the compiler makes code for a chip before sm90. For settings that only move registers, since
+// ptxas spills at others for sm80 than for sm90; never for a code path.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kIsBeforeSm90 = true;
+#else
+constexpr bool kIsBeforeSm90 = false;
+#endif
+
 }  // namespace sdpa

@@ -30,10 +30,7 @@ struct NarrowTile {
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
   // Queries whose scores are in registers at once: 32 where there is room.
-  static constexpr int kStep = kEdit == ScoreEdit::kNone                    ? 32
-                               : kEdit == ScoreEdit::kDropout               ? 32
-                               : kEdit == ScoreEdit::kMask && kHeadDim > 64 ? 32
-                                                                            : 16;
+  static constexpr int kStep = has_mask(kEdit) ? 16 : 32;
   static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim > 32 ? kKeyBlocks : kEdit == ScoreEdit::kMaskGradient ? 0 : 1;
@@ -134,10 +131,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kKeyBlocks;  // of 16 keys, in the key tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
-  // The mask's variants have no registers for addresses that would stay valid over the loop: from here on they are
-  // computed from their origins again.
+  // Some variants have no registers for addresses that would stay valid over the loop: from here on they are computed
+  // from their origins again.
+  constexpr bool kStartsAnew = kHasMask || (kEdit == ScoreEdit::kNone && kHeadDim == 64 && kIsBeforeSm90);
   const auto start_anew = [&] {
-    if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    if constexpr (kStartsAnew) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
   };
 
   // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group. For the mask's
@@ -223,7 +221,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p) && q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
     const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
     int steps = kQueryTile / kStep;
-    if constexpr (kHasMask || (kDrops && kHeadDim > 64) || !Arch::kAsyncCopy)
+    constexpr bool kRollsDropout = kHeadDim > 64 || (kHeadDim == 32 && kIsBeforeSm90);
+    if constexpr (kHasMask || (kDrops && kRollsDropout) || !Arch::kAsyncCopy)
       asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
 #pragma unroll
     for (int step = 0; step < steps; ++step) {

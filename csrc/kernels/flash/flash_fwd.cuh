@@ -55,7 +55,8 @@ struct FlashForwardTile {
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
-      kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding);
+      kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
+                          (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
   // See OnlineSoftmax. With dropout it spills at 128.
   static constexpr bool kFewInstructions =
       kChange != ScoreChange::kFloatMask && !(kChange == ScoreChange::kDropout && kHeadDim > 64);
