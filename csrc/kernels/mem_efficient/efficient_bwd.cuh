@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
   const auto value = Matrix<const T>::of(p.value, b, h / p.group, p.S, p.Ev);
   const auto grad_output = Matrix<const T>::of(p.grad_output, b, h, p.L, p.Ev);
   const Mask mask = Mask::of(p, b, h);
-  const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
+  const DropoutOf<Arch> dropout_of(p);
 
   // As in the forward, a float32 sum over many keys would lose bits if all were added one after the other. So what
   // some keys give is added to the gradient in memory, which is this block's alone. What is rounded to 16 bits in the
@@ -393,6 +393,7 @@ __global__ void __launch_bounds__(BackwardTile<Arch, kHeadDim>::kThreads, 2)
     tile_product(score, t, grad_output_tile, value_tile, grad_output, value, first_query, first_key,
                  has_rows && p.Ev <= kHeadDim);
     if (p.dropout_p > 0.f) {
+      const Dropout dropout = dropout_of();
       for_each_keep<false, Tile>(
           dropout, p.first_batch_head + head_index, first_query, first_key,
           [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] * dropout.rescale : 0.f; });

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
   const auto value = Matrix<const T>::of(p.value, b, h / p.group, p.S, p.Ev);
   const auto output = Matrix<T>::of(p.output, b, h, p.L, p.Ev);
   const Mask mask = Mask::of(p, b, h);
-  const Dropout dropout = Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0);
+  const DropoutOf<Arch> dropout(p);
 
   Results<Tile> result = {};
   RowSoftmax<Tile> softmax = RowSoftmax<Tile>::none();
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
     float rescale[Tile::kRowsOwned];
     softmax.take_in(score, rescale);
     if (p.dropout_p > 0.f) {
-      for_each_keep<false, Tile>(dropout, p.first_batch_head + head_index, first_query, first_key,
+      for_each_keep<false, Tile>(dropout(), p.first_batch_head + head_index, first_query, first_key,
                                  [&](int i, int j, bool keep) { score[i][j] = keep ? score[i][j] : 0.f; });
     }
 
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(ForwardTile<Arch, kHeadDim>::kThreads, 2)
     const int row = first_query + t.row(i);
     const float sum = Tile::row_sum(softmax.sum[i]);
     const bool is_empty = softmax.maximum[i] == -INFINITY && sum == 0.f;
-    const float factor = (p.dropout_p > 0.f ? dropout.rescale : 1.f) / sum;
+    const float factor = (p.dropout_p > 0.f ? dropout().rescale : 1.f) / sum;
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       float x[4];

@@ -399,6 +399,22 @@ __device__ __forceinline__ void scale_and_mask(Scores<Tile>& score, const Tile& 
   }
 }
 
+// The dropout of a call, for a kernel's whole life; where registers are few, made anew wherever it is asked for.
+template <class Arch>
+struct DropoutOf {
+  const ForwardParams& p;
+  Dropout kept;
+
+  __device__ __forceinline__ explicit DropoutOf(const ForwardParams& p)
+      : p(p), kept(Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0)) {}
+  __device__ __forceinline__ Dropout operator()() const {
+    if constexpr (!kHasFewRegisters<Arch>) return kept;
+    float dropout_p = p.dropout_p;
+    asm volatile("" : "+f"(dropout_p));
+    return Dropout::make(dropout_p, *p.seed);
+  }
+};
+
 // Calls f(i, j, keep) for every score a thread owns. first_query and first_key are those of the tile; its rows are
 // queries or, in the kernel for key and value gradients, keys. One draw decides on what is 8, 16 or 24 apart (see
 // dropout.h): owned rows or columns n and n + 2 are 8 apart, n and n + 4 are 16 apart for some tiles.
