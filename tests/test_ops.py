@@ -621,6 +621,26 @@ def test_cuda_graph(p):
 
 
 @only_cuda
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_cuda_graph_of_decoding(dtype):
+    tensors = inputs("cuda", dtype, L=1, S=5000, E=64, Ev=64, grad=False)
+    for backend in (FLASH, EFFICIENT):
+        with sdpa_kernel(backend):
+            if sdpa.explain(*tensors).chosen is None:
+                continue
+            expected = attention(*tensors)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                first = attention(*tensors)
+                second = attention(first, *tensors[1:])  # begins while the kernels before it end
+            expected_second = attention(expected, *tensors[1:])
+            for _ in range(3):
+                first.fill_(torch.nan), second.fill_(torch.nan)
+                graph.replay()
+                assert torch.equal(first, expected) and torch.equal(second, expected_second)
+
+
+@only_cuda
 def test_backward_op_wants_one_device():
     query, key, value = inputs("cuda", grad=False)
     rest = (0.0, False, None, False, ALL)

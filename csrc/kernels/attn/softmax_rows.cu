@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "arch/arch.h"
 #include "attn/dropout.h"
 #include "attn/mask.h"
 #include "attn/softmax.h"
@@ -111,7 +112,13 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
   // of them (see dropout.h), and all lanes of the warp see what became of all.
   const auto kept_of = [&](uint32_t column) {
     const uint32_t half = row / 16 % 2, bit = 7 + row / 8 % 2 * 8;
-    const Dropped16 drawn = dropout.draw(batch_head, row / 32, column / 32, row % 8, lane % 8);
+    Dropout here = dropout;
+    if constexpr (kIsBeforeSm90) {  // made anew: kept over the loop it spills
+      float dropout_p = p.dropout_p;
+      asm volatile("" : "+f"(dropout_p));
+      here = Dropout::make(dropout_p, *p.seed);
+    }
+    const Dropped16 drawn = here.draw(batch_head, row / 32, column / 32, row % 8, lane % 8);
     const uint32_t left = drawn.word_of(half, 0) >> bit, right = drawn.word_of(half, 1) >> bit;
     const auto all = [](uint32_t x) { return __ballot_sync(0xffffffffu, x & 1); };
     const uint32_t octets[4] = {all(left), all(left >> 16), all(right), all(right >> 16)};
