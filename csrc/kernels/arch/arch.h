@@ -19,12 +19,13 @@ struct Sm80 {  // sm80, and the only path so far for everything newer; 99 KB is 
   static constexpr bool kAsyncCopy = true;
 };
 
-// Whether this pass of the compiler makes code for a chip before sm90. For settings that only move registers, since
-// ptxas spills at others for sm80 than for sm90; never for a code path.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kIsBeforeSm90 = true;
+// The chip that this pass of the compiler makes code for, 0 for the host. For settings that only move registers, since
+// ptxas spills at others for one chip than for another; never for a code path.
+#if defined(__CUDA_ARCH__)
+constexpr int kChip = __CUDA_ARCH__ / 10;
 #else
-constexpr bool kIsBeforeSm90 = false;
+constexpr int kChip = 0;
 #endif
+constexpr bool kIsBeforeSm90 = kChip != 0 && kChip < 90;
 
 }  // namespace sdpa

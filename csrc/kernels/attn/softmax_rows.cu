@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
   const auto kept_of = [&](uint32_t column) {
     const uint32_t half = row / 16 % 2, bit = 7 + row / 8 % 2 * 8;
     Dropout here = dropout;
-    if constexpr (kIsBeforeSm90) {  // made anew: kept over the loop it spills
+    if constexpr (kIsBeforeSm90 && (kBackward || kChip >= 75)) {  // made anew, or it spills
       float dropout_p = p.dropout_p;
       asm volatile("" : "+f"(dropout_p));
       here = Dropout::make(dropout_p, *p.seed);
