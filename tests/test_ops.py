@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from reference import INF, eager, make, upcoming_seed
 from torch.utils.checkpoint import checkpoint
