@@ -53,6 +53,13 @@ struct Dropout {
     const float rescale = threshold == 0 ? 0.f : kOne / static_cast<float>(threshold);
     return {static_cast<uint64_t>(seed), threshold, static_cast<float>(threshold) / kOne, rescale, log2f(rescale)};
   }
+#if defined(__CUDACC__)
+  // The same, made where it stands: a value kept from before would hold registers that the code in between needs.
+  __device__ __forceinline__ static Dropout make_anew(float p, const int64_t* seed) {
+    asm volatile("" : "+f"(p));
+    return make(p, *seed);
+  }
+#endif
   SDPA_HOST_DEVICE Dropout with_seed(int64_t its_seed) const {
     Dropout other = *this;
     other.seed = static_cast<uint64_t>(its_seed);

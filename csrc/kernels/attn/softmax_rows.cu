@@ -113,11 +113,8 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
   const auto kept_of = [&](uint32_t column) {
     const uint32_t half = row / 16 % 2, bit = 7 + row / 8 % 2 * 8;
     Dropout here = dropout;
-    if constexpr (kIsBeforeSm90 && (kBackward || kChip >= 75)) {  // made anew, or it spills
-      float dropout_p = p.dropout_p;
-      asm volatile("" : "+f"(dropout_p));
-      here = Dropout::make(dropout_p, *p.seed);
-    }
+    constexpr bool kSpills = kIsBeforeSm90 && (kBackward || kChip >= 75);
+    if constexpr (kSpills) here = Dropout::make_anew(p.dropout_p, p.seed);
     const Dropped16 drawn = here.draw(batch_head, row / 32, column / 32, row % 8, lane % 8);
     const uint32_t left = drawn.word_of(half, 0) >> bit, right = drawn.word_of(half, 1) >> bit;
     const auto all = [](uint32_t x) { return __ballot_sync(0xffffffffu, x & 1); };

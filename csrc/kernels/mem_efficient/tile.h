@@ -409,9 +409,7 @@ struct DropoutOf {
       : p(p), kept(Dropout::make(p.dropout_p, p.dropout_p > 0.f ? *p.seed : 0)) {}
   __device__ __forceinline__ Dropout operator()() const {
     if constexpr (!kHasFewRegisters<Arch>) return kept;
-    float dropout_p = p.dropout_p;
-    asm volatile("" : "+f"(dropout_p));
-    return Dropout::make(dropout_p, *p.seed);
+    return Dropout::make_anew(p.dropout_p, p.seed);
   }
 };
 
