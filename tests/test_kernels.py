@@ -182,6 +182,24 @@ def test_inference_against_float64(use_path, which, path, dtype, call):
     check(which, *tensors, mask, **kwargs)
 
 
+SMALLER_CHIPS = [  # with less shared memory: other tiles for heads wider than this
+    pytest.param(chip, dtype, call, id=f"sm{chip}-{dtype}-{name_of(call)}")
+    for chip, width in ((80, 128), (86, 64))
+    for dtype in ("float16", "bfloat16")
+    for call in calls(FLASH, 80, dtype)
+    if max(call["dims"]) > width
+]
+
+
+@pytest.mark.parametrize("chip, dtype, call", SMALLER_CHIPS)
+def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
+    use_path(FLASH, 80, dtype)
+    monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
+    tensors, mask = tensors_of(call, dtype)
+    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
+    check(FLASH, *tensors, mask, **kwargs)
+
+
 @pytest.mark.parametrize("S", [300, 70_000])
 @paths
 def test_short_queries_with_masked_keys(use_path, which, path, dtype, S):

@@ -33,9 +33,13 @@ static bool has_backward(const Variant& forward, int64_t width) {
   });
 }
 
-// 163 KB or more for a block. (sm86, sm89 and sm12x have 99 KB.)
-static bool has_large_shared_memory(int capability) {
-  return capability >= 80 && capability != 86 && capability != 89 && capability < 120;
+int shared_bytes_of(int capability) {
+  const int kilobytes = capability < 75                                             ? 96
+                        : capability < 80                                           ? 64
+                        : capability == 86 || capability == 89 || capability >= 120 ? 99
+                        : capability < 90                                           ? 163
+                                                                                    : 227;
+  return kilobytes * 1024;
 }
 
 // Flash's kernels serve the memory-efficient backend as well, where they take the call: they too hold no more than
@@ -46,7 +50,7 @@ static bool serves(const Variant& v, Backend backend, bool backward, const Probl
   if (v.direction == Direction::kDecode && (!is_decoding(p) || v.head_dim < width)) return false;
   // Else a row is one tile wide in flash's kernels; memory-efficient ones walk over head dims wider than theirs.
   if (v.backend != Backend::kFlash) return v.backend == backend;
-  if (v.head_dim > 256 && (backend == Backend::kFlash || !has_large_shared_memory(p.capability))) return false;
+  if (v.head_dim > 256 && (backend == Backend::kFlash || shared_bytes_of(p.capability) < 163 * 1024)) return false;
   return (backend == Backend::kFlash || backend == Backend::kEfficient) && v.head_dim >= width &&
          (!p.grad_wanted || backward || has_backward(v, width));
 }

@@ -55,6 +55,9 @@ const std::vector<Variant>& variants();
 // if there is none, or if this build has not compiled it for the chip (unless the problem is hypothetical).
 const Variant* find_variant(Backend backend, bool backward, const Problem& problem);
 
+// What a block may have of shared memory on a chip: the table in the CUDA programming guide.
+int shared_bytes_of(int capability);
+
 // The chips this build has kernels of a backend for, as "sm80, sm90a", for messages.
 std::string compiled_chips(Backend backend);
 

@@ -44,6 +44,11 @@ void fill_results(ForwardParams& params, const Tensor& output, const Tensor& log
   params.logsumexp_rest = logsumexp_rest.defined() ? logsumexp_rest.data_ptr<float>() : nullptr;
 }
 
+// What the path's chip has: SDPA_FORCE_ARCH=86 is to run the tiles of an sm86.
+int shared_bytes_of(const Problem& problem) {
+  return std::min(sdpa::shared_bytes_of(problem.capability), sdpa::shared_bytes_of(problem.device_capability));
+}
+
 const Variant& variant_of(Backend backend, bool backward, const Problem& problem) {
   const Variant* variant = find_variant(backend, backward, problem);
   TORCH_INTERNAL_ASSERT(variant != nullptr, "selected ", name(backend), " without a kernel for ", to_string(problem));
@@ -55,6 +60,7 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   ForwardParams params;
   fill(params, call);
   fill_results(params, output, logsumexp, logsumexp_rest);
+  params.shared_bytes = shared_bytes_of(problem);
   const Variant& variant = variant_of(backend, false, problem);
   Tensor scratch;
   if (variant.direction == Direction::kDecode) {
@@ -82,6 +88,7 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   params.grad_key = operand(grads.key);
   params.grad_value = operand(grads.value);
   params.deterministic = problem.deterministic;
+  params.shared_bytes = shared_bytes_of(problem);
   if (grads.mask.defined()) {
     params.grad_mask = grads.mask.data_ptr<float>();
     for (int d = 0; d < 4; ++d) params.grad_mask_stride[d] = grads.mask.stride(d);

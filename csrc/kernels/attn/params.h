@@ -44,6 +44,7 @@ struct ForwardParams {
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
   int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
+  int shared_bytes = 0;           // of shared memory for a block, on the architecture whose code path is taken
   // See split.h; only decode kernels look at them.
   int64_t split_parts = 1;
   float* split_scratch = nullptr;

@@ -73,8 +73,7 @@ cudaError_t launch_wide(const BackwardParams& p, cudaStream_t stream) {
                               wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
 }
 
-// The tile for the shared memory that the current device gives a block: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB
-// on sm90.
+// The tile for the shared memory that a block may have: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB on sm90.
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 64) {
@@ -84,14 +83,10 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
     using Tile = WideTile<128, 8, 1, 2, 32, 1, 1, Arch::kSharedBytes>;
     return launch_wide<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
   } else {
-    int device = 0, limit = 0;
-    if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
     if constexpr (kHeadDim <= 128) {
       using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
       using Large96 = WideTile<96, 8, 2, 2, 64, 2, 2, 163 * 1024>;
-      const bool is_large = limit >= Large::kMaxSharedBytes;
+      const bool is_large = p.shared_bytes >= Large::kMaxSharedBytes;
       if (is_large && std::max(p.E, p.Ev) <= 96) return launch_wide<Arch, T, kHeadDim, kEdit, Large96>(p, stream);
       if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
       return narrow_backward<Arch, T, kHeadDim, kEdit>(p, stream);
@@ -102,10 +97,10 @@ cudaError_t main_backward(const BackwardParams& p, cudaStream_t stream) {
       using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
                                       WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
       using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
-      const bool is_huge = limit >= Huge::kMaxSharedBytes;
+      const bool is_huge = p.shared_bytes >= Huge::kMaxSharedBytes;
       if (is_huge && std::max(p.E, p.Ev) <= 192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, stream);
       if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, stream);
-      if (limit >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
+      if (p.shared_bytes >= Large::kMaxSharedBytes) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, stream);
       return launch_wide<Arch, T, kHeadDim, kEdit, Small>(p, stream);
     }
   }

@@ -408,12 +408,6 @@ cudaError_t launch_wide_forward(const ForwardParams& p, cudaStream_t stream) {
                               flash_forward_wide_kernel<Arch, T, kHeadDim, kChange, kTeams, kLarge>, T>(p, stream);
 }
 
-inline cudaError_t device_attribute(int& value, cudaDeviceAttr attribute) {
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&value, attribute, device);
-}
-
 // Up to 256 columns; to 160 without mask and dropout they are flash_fwd.cuh's.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
@@ -427,10 +421,7 @@ cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
     return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
   } else {
     using Large = FlashForwardWide<Arch, T, kHeadDim, ScoreChange::kNone, 2, true>;
-    int limit = 0;
-    const auto error = device_attribute(limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (error != cudaSuccess) return error;
-    return limit >= Large::kMaxSharedBytes
+    return p.shared_bytes >= Large::kMaxSharedBytes
                ? launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone, 2, true>(p, stream)
                : launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
   }
@@ -447,14 +438,13 @@ cudaError_t flash_forward_teams(const ForwardParams& p, cudaStream_t stream) {
 template <class Arch, class T>
 cudaError_t flash_forward_widest(const ForwardParams& p, cudaStream_t stream) {
   using Large = FlashForwardWide<Arch, T, 512, ScoreChange::kAnyMask, 2, false>;
-  int limit = 0, multiprocessors = 0;
-  auto error = device_attribute(limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (error != cudaSuccess) return error;
-  error = device_attribute(multiprocessors, cudaDevAttrMultiProcessorCount);
+  int device = 0, multiprocessors = 0;
+  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const bool fills = (p.L + Large::kQueryTile - 1) / Large::kQueryTile * p.B * p.H >= multiprocessors;
-  return fills && limit >= Large::kMaxSharedBytes ? flash_forward_teams<Arch, T, 2>(p, stream)
-                                                  : flash_forward_teams<Arch, T, 1>(p, stream);
+  return fills && p.shared_bytes >= Large::kMaxSharedBytes ? flash_forward_teams<Arch, T, 2>(p, stream)
+                                                           : flash_forward_teams<Arch, T, 1>(p, stream);
 }
 
 }  // namespace sdpa
