@@ -300,6 +300,27 @@ def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
         assert torch.equal(check(which, *tensors, mask)[0], output)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 200])
+@pytest.mark.parametrize("which, path", [(which, path) for which, path, dtype in PATHS if dtype == "float32"])
+def test_rows_of_any_magnitude(use_path, which, path, head_dim, masked):
+    """Parts of float16 have little range: each row has its own. What is masked out may hold anything finite."""
+    use_path(which, path, "float32")
+    lengths, magnitudes = (700, 333, 333), ((-20, 3), (-20, 3), (-20, 20))
+    tensors = [
+        make(2, 8, n, head_dim, device="cuda", grad=False)
+        * torch.randint(*m, (1, 1, n, 1), device="cuda").float().exp2()
+        for n, m in zip(lengths, magnitudes, strict=True)
+    ]
+    mask = None
+    if masked:
+        mask = torch.rand(700, 333, device="cuda") > 0.3
+        mask[:, ::3] = False
+        tensors[1][:, :, ::3] *= 1e25
+        tensors[2][:, :, ::3] *= 1e24
+    check(which, *(t.requires_grad_() for t in tensors), mask)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
 @paths
 def test_masks_with_aligned_rows(use_path, which, path, dtype, kind):
