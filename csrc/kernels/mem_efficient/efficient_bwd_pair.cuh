@@ -23,13 +23,13 @@ namespace sdpa {
 namespace efficient {
 
 // kChunks: of kHeadDim columns that an operand may have and stay in shared memory. More pass by.
-template <class Arch, int kHeadDim, int kChunks>
+template <class Arch, int kHeadDim, bool kSplit, int kChunks>
 struct PairBackward {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kKeys = 16 * kWarps;
   static constexpr int kQueries = kHeadDim <= 64 ? 64 : 16;
   using Warp = WarpTile<1, kQueries, kHeadDim>;
-  using KeyTile = PairTile<kKeys, kHeadDim, kThreads>;       // of values too
-  using QueryTile = PairTile<kQueries, kHeadDim, kThreads>;  // of dO too
+  using KeyTile = PairTile<kKeys, kHeadDim, kThreads, kSplit>;       // of values too
+  using QueryTile = PairTile<kQueries, kHeadDim, kThreads, kSplit>;  // of dO too
   // dS takes the place of dO, mask entries that of the next dO on its way.
   static constexpr int kScoreBytes = kQueries * kKeys * 4;
   static constexpr int kGradBytes = std::max(QueryTile::kBytes, kScoreBytes);
@@ -51,7 +51,7 @@ struct PairBackward {
 template <class Arch, int kHeadDim, bool kSplit>
 __global__ void __launch_bounds__(128)
     pair_delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
-  using Tile = PairTile<64, kHeadDim, 128>;
+  using Tile = PairTile<64, kHeadDim, 128, kSplit>;
   using Warp = WarpTile<1, 16, kHeadDim>;
   extern __shared__ __align__(128) unsigned char shared[];
   int tile_index, head_index;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(128)
   Scores<Warp> product = {};
   sum_chunks<Warp>(product, static_cast<int>(p.Ev), [&](Scores<Warp>& part, int e) {
     __syncthreads();
-    output_tile.template take<kSplit>(Matrix<const float>::of(p.output, b, h, p.L, p.Ev), first_query, e, e);
-    grad_tile.template take<kSplit>(Matrix<const float>::of(p.grad_output, b, h, p.L, p.Ev), first_query, e, e);
+    output_tile.take(Matrix<const float>::of(p.output, b, h, p.L, p.Ev), first_query, e, e);
+    grad_tile.take(Matrix<const float>::of(p.grad_output, b, h, p.L, p.Ev), first_query, e, e);
     __syncthreads();
     multiply_scores<kSplit, false, Warp>(part, output_tile, warp, e, grad_tile, warp, e, static_cast<int>(p.Ev) - e);
   });
@@ -183,10 +183,10 @@ __device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, int b
 }
 
 template <class Arch, int kHeadDim, bool kSplit, int kChunks>
-__global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThreads,
-                                  PairBackward<Arch, kHeadDim, kChunks>::kBlocksPerSm)
+__global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>::kThreads,
+                                  PairBackward<Arch, kHeadDim, kSplit, kChunks>::kBlocksPerSm)
     pair_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
-  using Shape = PairBackward<Arch, kHeadDim, kChunks>;
+  using Shape = PairBackward<Arch, kHeadDim, kSplit, kChunks>;
   using Warp = typename Shape::Warp;
   using KeyTile = typename Shape::KeyTile;
   using QueryTile = typename Shape::QueryTile;
@@ -280,8 +280,8 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThread
       fetch_queries(head, first_query);
       fetch_grads(head, first_query);
       for (int n = 0; n < kChunks; ++n) {
-        key_tile(n).template take<kSplit>(keys(), first_key, n * kHeadDim, 0);
-        value_tile(n).template take<kSplit>(values(), first_key, n * kHeadDim, 0);
+        key_tile(n).take(keys(), first_key, n * kHeadDim, 0);
+        value_tile(n).take(values(), first_key, n * kHeadDim, 0);
       }
     }
     publish(statistics_of(head, first_query));
@@ -298,8 +298,8 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThread
     if (!is_wide) {
 #pragma unroll 1
       for (int n = 0; n < kChunks; ++n) {
-        query_tile(n).template take<kSplit>(query_staging + n * QueryTile::kStagingBytes, step, scale.query_sign);
-        grad_tile(n).template take<kSplit>(grad_staging + n * Shape::kGradStagingBytes, step);
+        query_tile(n).take(query_staging + n * QueryTile::kStagingBytes, step, scale.query_sign);
+        grad_tile(n).take(grad_staging + n * Shape::kGradStagingBytes, step);
       }
       if (has_next) fetch_queries(next_head, next_query);
       __syncthreads();
@@ -316,8 +316,8 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThread
     } else {
       sum_chunks<Warp>(probability, static_cast<int>(p.E), [&](Scores<Warp>& part, int e) {
         __syncthreads();  // nobody reads the chunk before any more
-        key_tile(0).template take<kSplit>(keys(), first_key, e, step);
-        query_tile(0).template take<kSplit>(queries(head), first_query, e, step, scale.query_sign);
+        key_tile(0).take(keys(), first_key, e, step);
+        query_tile(0).take(queries(head), first_query, e, step, scale.query_sign);
         __syncthreads();
         multiply_scores<kSplit, true, Warp>(part, key_tile(0), warp(), step, query_tile(0), 0, step,
                                             static_cast<int>(p.E) - e);
@@ -345,16 +345,16 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThread
     } else {
       sum_chunks<Warp>(grad, static_cast<int>(p.Ev), [&](Scores<Warp>& part, int e) {
         __syncthreads();
-        value_tile(0).template take<kSplit>(values(), first_key, e, step);
-        grad_tile(0).template take<kSplit>(grads(head), first_query, e, step);
+        value_tile(0).take(values(), first_key, e, step);
+        grad_tile(0).take(grads(head), first_query, e, step);
         __syncthreads();
         multiply_scores<kSplit, false, Warp>(part, value_tile(0), warp(), step, grad_tile(0), 0, step,
                                              static_cast<int>(p.Ev) - e);
       });
       __syncthreads();  // then the columns that this block's gradients are made of
-      key_tile(0).template take<kSplit>(keys(), first_key, first_col(), step);
-      query_tile(0).template take<kSplit>(queries(head), first_query, first_col(), step, scale.query_sign);
-      grad_tile(0).template take<kSplit>(grads(head), first_query, first_col(), step);
+      key_tile(0).take(keys(), first_key, first_col(), step);
+      query_tile(0).take(queries(head), first_query, first_col(), step, scale.query_sign);
+      grad_tile(0).take(grads(head), first_query, first_col(), step);
       __syncthreads();
     }
 
@@ -463,10 +463,10 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kChunks>::kThread
 
 template <class Arch, int kHeadDim, bool kSplit, int kChunks>
 cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Shape = PairBackward<Arch, kHeadDim, kChunks>;
+  using Shape = PairBackward<Arch, kHeadDim, kSplit, kChunks>;
   constexpr auto kDelta = &pair_delta_kernel<Arch, kHeadDim, kSplit>;
   constexpr auto kMain = &pair_backward_kernel<Arch, kHeadDim, kSplit, kChunks>;
-  using DeltaTile = PairTile<64, kHeadDim, 128>;
+  using DeltaTile = PairTile<64, kHeadDim, 128, kSplit>;
   constexpr int kDeltaBytes = 2 * (DeltaTile::kBytes + DeltaTile::kFactorBytes);
   static_assert(kDeltaBytes <= Arch::kSharedBytes);
   const bool wants_query = p.grad_query.data != nullptr;
@@ -502,7 +502,8 @@ template <class Arch, int kHeadDim, bool kSplit>
 cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim == kWidestPairs) {
     const int64_t width = std::max(p.E, p.Ev);
-    if (width > kHeadDim && width <= 2 * kHeadDim && p.shared_bytes >= PairBackward<Arch, kHeadDim, 2>::kSharedBytes) {
+    if (width > kHeadDim && width <= 2 * kHeadDim &&
+        p.shared_bytes >= PairBackward<Arch, kHeadDim, kSplit, 2>::kSharedBytes) {
       return launch_pair_backward<Arch, kHeadDim, kSplit, 2>(p, stream);
     }
   }

@@ -23,23 +23,26 @@ enum class PairSize {
   kSmall,  // half of its registers, 99 KB
   kLarge,  // all of its registers, so that taking keys and values apart serves twice the queries, and 163 KB: room for
            // two tiles of each, one taken apart while the other is multiplied
-  kHuge,  // 227 KB: wide heads have 32 rows a warp as well
+  kHuge,   // 227 KB: wide heads have 32 rows a warp as well
 };
 
 // Where a warp has 32 rows, what it reads of keys and values serves twice the products.
-template <class Arch, int kHeadDim, PairSize kSize>
+template <class Arch, int kHeadDim, bool kSplit, PairSize kSize>
 struct PairForward {
   static constexpr int kWarps = kSize == PairSize::kSmall ? 4 : 8, kThreads = kWarps * 32;
   static constexpr int kRowBlocks = kHeadDim <= 64 || kSize == PairSize::kHuge ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowBlocks, kRows = kWarps * kWarpRows;
-  static constexpr int kBlocksPerSm = kSize == PairSize::kSmall ? 2 : 1, kBuffers = kSize == PairSize::kLarge ? 2 : 1;
-  static constexpr int kKeys = kHeadDim == 128 ? 32 : kHeadDim == 32 && kThreads == 256 ? 128 : 64;  // of a tile
-  static constexpr int kStep = 32;                                                           // of the scores at a time
-  static constexpr int kTogether = kHeadDim == 128 && kRowBlocks == 2 ? 16 : 32;             // see multiply_scores
-  static constexpr bool kTakesWide = kHeadDim == kWidestPairs && kSize == PairSize::kSmall;  // E of more than kHeadDim
+  static constexpr bool kIsRoomy = kSize == PairSize::kLarge || (kSize == PairSize::kHuge && !kSplit);
+  static constexpr int kBlocksPerSm = kSize == PairSize::kSmall ? 2 : 1, kBuffers = kIsRoomy ? 2 : 1;
+  static constexpr int kKeys = kHeadDim == 128 && (kSplit || kSize != PairSize::kHuge) ? 32
+                               : kHeadDim == 32 && kThreads == 256                     ? 128
+                                                                                       : 64;  // of a tile
+  static constexpr int kStep = 32;                                                            // of the scores at a time
+  static constexpr int kTogether = kHeadDim == 128 && kRowBlocks == 2 && kSplit ? 16 : 32;    // see multiply_scores
+  static constexpr bool kTakesWide = kHeadDim == kWidestPairs && kSize == PairSize::kSmall;   // E of more than kHeadDim
   using Warp = WarpTile<kRowBlocks, kStep, kHeadDim>;
-  using QueryTile = PairTile<kRows, kHeadDim, kThreads>;
-  using KeyTile = PairTile<kKeys, kHeadDim, kThreads>;          // of values too
+  using QueryTile = PairTile<kRows, kHeadDim, kThreads, kSplit>;
+  using KeyTile = PairTile<kKeys, kHeadDim, kThreads, kSplit>;  // of values too
   static constexpr bool kTakesMask = kSize != PairSize::kHuge;  // a tensor, that is
   // Whether each thread leaves the softmax's state and a column of results in shared memory while it multiplies.
   static constexpr bool kParks = kSize == PairSize::kHuge;
@@ -129,11 +132,11 @@ __device__ __forceinline__ void drop_scores(Scores<Warp>& score, const Dropout& 
 }
 
 template <class Arch, int kHeadDim, bool kSplit, PairSize kSize>
-__global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSize>::kThreads,
-                                  PairForward<Arch, kHeadDim, kSize>::kBlocksPerSm)
+__global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSplit, kSize>::kThreads,
+                                  PairForward<Arch, kHeadDim, kSplit, kSize>::kBlocksPerSm)
     pair_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                         int query_chunks) {
-  using Shape = PairForward<Arch, kHeadDim, kSize>;
+  using Shape = PairForward<Arch, kHeadDim, kSplit, kSize>;
   using Warp = typename Shape::Warp;
   using QueryTile = typename Shape::QueryTile;
   using KeyTile = typename Shape::KeyTile;
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSize>::kThreads,
     if (matters(first_key)) KeyTile::fetch(value_staging, values(), first_key, first_col);
   };
   const auto take_queries = [&](int chunk, int number) {
-    query_tile(chunk).template take<kSplit>(queries(), here().first_query, chunk * kHeadDim, number, scale.query_sign);
+    query_tile(chunk).take(queries(), here().first_query, chunk * kHeadDim, number, scale.query_sign);
   };
   for (int chunk = 0; chunk < resident; ++chunk) query_tile(chunk).start();
   for (int n = 0; n < kTiles; ++n) tile(n).start();
@@ -206,8 +209,8 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSize>::kThreads,
   }
   const auto take = [&](int stage, int first_key) {
     cp_async_wait_all();
-    key_tile(stage).template take<kSplit>(key_staging, first_key);
-    value_tile(stage).template take<kSplit>(value_staging, first_key);
+    key_tile(stage).take(key_staging, first_key);
+    value_tile(stage).take(value_staging, first_key);
     fetch_keys(first_key + kKeys, 0);
     fetch_values(first_key + kKeys);
   };
@@ -247,11 +250,11 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSize>::kThreads,
         const int number = first_key + chunk;
         __syncthreads();  // nobody reads the chunk, or the tile, before any more
         cp_async_wait_all();
-        key_tile(0).template take<kSplit>(key_staging, number);
+        key_tile(0).take(key_staging, number);
         const bool is_last = chunk == chunks - 1;
         fetch_keys(is_last ? first_key + kKeys : first_key, is_last ? 0 : chunk + 1);
         if (chunk == 0) {
-          value_tile(0).template take<kSplit>(value_staging, first_key);
+          value_tile(0).take(value_staging, first_key);
           fetch_values(first_key + kKeys);
         }
         if (resident != chunks) take_queries(chunk, number);
@@ -331,7 +334,7 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSize>::kThreads,
 
 template <class Arch, int kHeadDim, bool kSplit, PairSize kSize>
 cudaError_t launch_pair_forward(const ForwardParams& p, int device, cudaStream_t stream) {
-  using Shape = PairForward<Arch, kHeadDim, kSize>;
+  using Shape = PairForward<Arch, kHeadDim, kSplit, kSize>;
   // There is so much arithmetic to a byte that under causality the longest blocks of all heads may well come first.
   const auto order = BlockOrder::make(ceil_div(p.L, Shape::kRows), p.B * p.H,
                                       p.is_causal ? 0 : p.S * (p.E + p.Ev) * sizeof(float) / p.group);

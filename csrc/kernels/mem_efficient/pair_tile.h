@@ -70,12 +70,12 @@ __device__ __forceinline__ float2 load_shared_8(uint32_t address) {
 // two 16-byte chunks, so that word t of one has the first two of four neighbours, word t of the other the last two:
 // where the tile's rows are k of a product, a lane's results are four neighbours too. Products along the columns need
 // but the same order in both operands.
-template <int kRows_, int kCols_, int kThreads>
+template <int kRows_, int kCols_, int kThreads, bool kSplit>
 struct PairTile {
   static constexpr int kRows = kRows_, kCols = kCols_, kGroups = kCols / 16, kRowStep = kThreads / kGroups;
   static constexpr int kUnits = kRows / kRowStep;
   using Part = SharedTile<__half, kRows, kCols>;
-  static constexpr int kBytes = 2 * Part::kBytes, kStagingBytes = kRows * kCols * 4;
+  static constexpr int kBytes = (kSplit ? 2 : 1) * Part::kBytes, kStagingBytes = kRows * kCols * 4;
   static constexpr int kFactorBytes = (kRows + 4) * 4;  // and behind them which tile has one that is not 1
   static_assert(kCols % 32 == 0 && kRows % kRowStep == 0 && kRowStep % 8 == 0);
 
@@ -156,21 +156,19 @@ struct PairTile {
   }
 
   // Fills the tile with what this thread fetched, times `sign`. `number`: of this tile, not that of any before.
-  template <bool kSplit>
   __device__ __forceinline__ void take(uint32_t staging, int number, float sign = 1.f) const {
     const uint32_t from = staged(staging, 0, 0);
-    fill<kSplit>(number, sign, [&](int n, int t) {
+    fill(number, sign, [&](int n, int t) {
       const uint4 v = load_shared_16(from + (n * 4 + t) * kThreads * 16);
       return float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
     });
   }
   // Fills it from where the numbers are, which takes longer.
-  template <bool kSplit>
   __device__ __forceinline__ void take(const Matrix<const float>& m, int first_row, int first_col, int number,
                                        float sign = 1.f) const {
     const Place place = Place::of_thread();
     const int row = first_row + place.row, col = first_col + place.col;
-    fill<kSplit>(number, sign, [&](int n, int t) {
+    fill(number, sign, [&](int n, int t) {
       return row + n * kRowStep < m.rows ? m.quad_at(row + n * kRowStep, col + 8 * t) : float4{0.f, 0.f, 0.f, 0.f};
     });
   }
@@ -186,7 +184,6 @@ struct PairTile {
   __device__ __forceinline__ float factor(int row) const { return load_shared_4(factors + row * 4); }
 
  private:
-  template <bool kSplit>
   __device__ __forceinline__ static float largest(const HalfPair<kSplit, 4>& first, const HalfPair<kSplit, 4>& last) {
     __half2 most = __float2half2_rn(0.f);
 #pragma unroll
@@ -219,7 +216,7 @@ struct PairTile {
     return power_of_two(kShift - exponent);
   }
 
-  template <bool kSplit, class Read>
+  template <class Read>
   __device__ __forceinline__ void fill(int number, float sign, Read read) const {
     const Place place = Place::of_thread();
     const uint32_t to[2] = {Part::offset(place.row, chunk(place.group, 0)),
