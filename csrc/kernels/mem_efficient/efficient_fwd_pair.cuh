@@ -298,17 +298,24 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSplit, kSize>::kT
         drop_scores<Warp>(score, dropout, p.first_batch_head + here().batch * p.H + here().head, warp_query(),
                           first_key + part);
       }
-      float unscale[Warp::kRowsOwned];
-#pragma unroll
-      for (float& x : unscale) x = 1.f;
-      if (value_tile(stage()).has_factors(first_key)) {
-        take_on_factors<Warp>(score, value_tile(stage()), part / 16);
-        bring_into_range<Warp>(score, unscale);
+      const int width = static_cast<int>(p.Ev) - first_col;
+      const bool has_factors = value_tile(stage()).has_factors(first_key);
+      if constexpr (!kSplit) {
+        if (!has_factors)
+          accumulate_result<Warp>(result, ScorePairs<false, Warp>(score), value_tile(stage()), part / 16, width);
       }
-      // A step's keys are summed up by themselves before they join the others.
-      multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(score), value_tile(stage()), part / 16,
-                                    static_cast<int>(p.Ev) - first_col,
-                                    [&](int i, int c, float x) { result[i][c] = fmaf(x, unscale[i], result[i][c]); });
+      if (kSplit || has_factors) {
+        float unscale[Warp::kRowsOwned];
+#pragma unroll
+        for (float& x : unscale) x = 1.f;
+        if (has_factors) {
+          take_on_factors<Warp>(score, value_tile(stage()), part / 16);
+          bring_into_range<Warp>(score, unscale);
+        }
+        // A step's keys are summed up by themselves before they join the others.
+        multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(score), value_tile(stage()), part / 16, width,
+                                      [&](int i, int c, float x) { result[i][c] = fmaf(x, unscale[i], result[i][c]); });
+      }
       if (Shape::kParks) park_results();
     }
     if constexpr (Shape::kBuffers == 2) {

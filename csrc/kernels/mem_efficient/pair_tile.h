@@ -422,8 +422,39 @@ __device__ __forceinline__ void multiply_result(const ScorePairs<kSplit, Warp>& 
   }
 }
 
-// The same for 32 columns from 32 * block alone: use(n, i, x), where x is of row i / 2 and the lane's column 2 n + i
-// % 2.
+// result += scores times rows of a tile, product by product: single parts have errors beside which those of long sums
+// are nothing.
+template <class Warp, class Tile>
+__device__ __forceinline__ void accumulate_result(Results<Warp>& result, const ScorePairs<false, Warp>& score,
+                                                  const Tile& rows, int block0, int width) {
+  const LaneOffset lane = Tile::lane_offset();
+#pragma unroll
+  for (int step = 0; step < Warp::kWidth / 16; ++step) {
+    asm volatile("" : "+r"(width));
+    if (step / 2 * 32 >= width) return;
+    const int block = Tile::column_block(step);
+#pragma unroll
+    for (int k = 0; k < Warp::kSteps; ++k) {
+      HalfPair<false, 4> b;
+      load_rows(b, rows, lane, block0 + k, block);
+#pragma unroll
+      for (int m = 0; m < Warp::kRowBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          float sum[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i] = result[2 * m + i / 2][Tile::result(2 * block + n, i % 2)];
+          Mma<Sm80, __half>::add(sum, score.a[k][m].big, b.big[2 * n], b.big[2 * n + 1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) result[2 * m + i / 2][Tile::result(2 * block + n, i % 2)] = sum[i];
+        }
+      }
+    }
+  }
+}
+
+// As multiply_result, for 32 columns from 32 * block alone: use(n, i, x), where x is of row i / 2 and the lane's column
+// 2 n + i % 2.
 template <bool kSplit, class Warp, class Tile, class F>
 __device__ __forceinline__ void multiply_columns(const ScorePairs<kSplit, Warp>& score, const Tile& rows, int block,
                                                  F use) {
