@@ -300,6 +300,23 @@ def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
         assert torch.equal(check(which, *tensors, mask)[0], output)
 
 
+@pytest.fixture
+def allow_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 200])
+def test_one_part_if_tf32_is_allowed(allow_tf32, head_dim, kind):
+    tensors = [make(2, 40, n, head_dim, device="cuda") for n in (700, 333, 333)]
+    mask = torch.rand(700, 333, device="cuda") > 0.3 if kind == "mask" else None
+    output = check(EFFICIENT, *tensors, mask, is_causal=kind == "causal")[0]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with sdpa.sdpa_kernel(EFFICIENT):
+        exact = sdpa.scaled_dot_product_attention(*tensors, mask, is_causal=kind == "causal")
+    assert 1e-5 < (output - exact).norm() / exact.norm() < 2e-3
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 200])
 @pytest.mark.parametrize("which, path", [(which, path) for which, path, dtype in PATHS if dtype == "float32"])
