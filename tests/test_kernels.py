@@ -22,7 +22,7 @@ PATHS = sorted({(BACKEND[v["backend"]], v["path"], v["dtype"]) for v in VARIANTS
 
 HEAD_DIMS = [(d, d) for d in (1, 8, 17, 32, 40, 64, 72, 80, 96, 100, 128)]
 HEAD_DIMS += [(64, 32), (32, 64), (8, 128), (128, 8), (65, 33), (24, 100)]
-MIDDLE = [(129, 129), (160, 160), (192, 128), (192, 192), (256, 256), (64, 256), (200, 17)]  # not flash on sm75
+MIDDLE = [(129, 129), (160, 160), (192, 128), (192, 192), (256, 256), (64, 256), (200, 17)]
 WIDE = [(512, 512), (300, 40), (40, 300)]  # memory-efficient alone
 LENGTHS = [(1, 1), (1, 300), (300, 1), (7, 129), (129, 7), (63, 65), (64, 64), (65, 63), (128, 128), (127, 257)]
 LENGTHS += [(257, 127), (200, 333), (16, 1031), (515, 511)]
@@ -43,7 +43,7 @@ def sampled(choices, count, dice):
 def calls(backend, path, dtype):
     dice = random.Random(f"{backend.name} {path} {dtype}")
     for number, count in enumerate((PLAIN, ALL)):
-        dims = HEAD_DIMS + (MIDDLE if (backend, path) != (FLASH, 75) else []) + (WIDE if backend == EFFICIENT else [])
+        dims = HEAD_DIMS + MIDDLE + (WIDE if backend == EFFICIENT else [])
         axes = {
             "dims": dims,
             "lengths": LENGTHS,
@@ -364,7 +364,7 @@ def test_forward_is_bitwise_repeatable(use_path, which, path, dtype, is_causal):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "broadcast mask", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "broadcast mask", "dropout", "broadcast mask, dropout"])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 @paths
 def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtype, head_dim, kind, deterministic):
@@ -372,7 +372,7 @@ def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtyp
     tensors = [make(2, heads, 515, head_dim, dtype=getattr(torch, dtype), device="cuda") for heads in (4, 2, 2)]
     if "mask" in kind:
         tensors += [make(*((2, 4) if kind == "mask" else (1, 1)), 515, 515, device="cuda")]
-    kwargs = {"dropout_p": 0.2 * (kind == "dropout"), "is_causal": kind == "causal", "enable_gqa": True}
+    kwargs = {"dropout_p": 0.2 * ("dropout" in kind), "is_causal": kind == "causal", "enable_gqa": True}
     check(which, *tensors, **kwargs)
     results, grad = [], torch.randn_like(tensors[0])
     with sdpa.sdpa_kernel(which):

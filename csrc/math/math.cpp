@@ -343,7 +343,9 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
   const bool in_place = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-  const Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  // A look at all rows costs less than two passes over the gradients of a chunk.
+  Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
   Tensor key, value, grad_key, grad_value;
   for_chunks(
       call, bytes_per_score(in_place, true, grads.mask.defined(), type == at::kDouble),
@@ -372,7 +374,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
         } else {
           Tensor scores = product(query, k.transpose(1, 2), call.scale).view(four_dims);
           mask_scores(call, mask, c, scores, group);
-          if (mask.defined()) {
+          if (empty_rows.defined()) {
             // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
             const Tensor empty = query_view(empty_rows, c, group);
             scores.narrow(3, 0, 1).masked_fill_(empty, 0);
