@@ -35,8 +35,9 @@ struct FlashForwardTile {
   static constexpr int kKeys = kHeadDim > 128 ? 32 : 64;
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
+  static constexpr bool kIsWideDropout = kChange == ScoreChange::kDropout && kHeadDim > 64;
   static constexpr int kStep =
-      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kChange == ScoreChange::kDropout && kHeadDim > 64)
+      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kIsWideDropout && (kIsBeforeSm90 || !Arch::kAsyncCopy))
           ? 32
           : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
@@ -51,15 +52,17 @@ struct FlashForwardTile {
   static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
                                       : kHeadDim <= 64                     ? 1
                                       : kChange == ScoreChange::kFloatMask ? 2
+                                      : kIsWideDropout && kStep == kKeys   ? 6
                                                                            : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
       kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
                           (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
-  // See OnlineSoftmax. With dropout it spills at 128.
+  static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
+  // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions =
-      kChange != ScoreChange::kFloatMask && !(kChange == ScoreChange::kDropout && kHeadDim > 64);
+      kChange != ScoreChange::kFloatMask && !(kIsWideDropout && kStep < kKeys);
   static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
@@ -77,7 +80,7 @@ struct FlashForward {
   static constexpr bool kPadding = kChange == ScoreChange::kKeyPadding;
 
   static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : 192;  // of a row in shared memory
-  static constexpr bool kFewAddresses = kBool || kFloat || kCols == 192;
+  static constexpr bool kFewAddresses = kBool || kFloat || kCols == 192 || Tile::kFewAddresses;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
