@@ -16,6 +16,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
+#include "flash_fwd_stream.cuh"
 #include "flash_fwd_wide.cuh"
 #include "score_change.h"
 #include "score_dropout.cuh"
@@ -61,8 +62,7 @@ struct FlashForwardTile {
                           (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.
-  static constexpr bool kFewInstructions =
-      kChange != ScoreChange::kFloatMask && !(kIsWideDropout && kStep < kKeys);
+  static constexpr bool kFewInstructions = kChange != ScoreChange::kFloatMask && !(kIsWideDropout && kStep < kKeys);
   static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
@@ -432,6 +432,9 @@ cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (Arch::kAsyncCopy) {
+    if (streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+  }
   if (p.mask_kind == MaskKind::kNone) {
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
