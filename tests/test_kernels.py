@@ -276,6 +276,20 @@ def test_adversarial_scores(use_path, which, path, dtype, head_dim, is_causal, p
     check(which, query, key, value, scale=1.0, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("lengths", [(130, 200), (129, 65), (100, 1000)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 96, 128, 184, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_more_query_tiles_than_run_at_once(use_path, dtype, head_dim, is_causal, lengths):
+    """Blocks may take several, one after another."""
+    use_path(FLASH, 80, dtype)
+    L, S = lengths
+    shapes = (4, L, 120, head_dim), (4, S, 40, head_dim), (4, S, 40, head_dim)
+    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
+    poison("cuda", tensors[0].shape)
+    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float32"])
 @paths
 def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):

@@ -17,6 +17,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
+#include "flash_fwd_stream.cuh"
 #include "flash_fwd_wide.cuh"
 #include "score_change.h"
 #include "score_dropout.cuh"
@@ -37,8 +38,9 @@ struct FlashForwardTile {
   static constexpr int kKeys = kHeadDim > 128 && !kOnePlace ? 32 : 64;
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
+  static constexpr bool kIsWideDropout = kChange == ScoreChange::kDropout && kHeadDim > 64;
   static constexpr int kStep =
-      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kChange == ScoreChange::kDropout && kHeadDim > 64)
+      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kIsWideDropout && (kIsBeforeSm90 || !Arch::kAsyncCopy))
           ? 32
           : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
@@ -53,15 +55,17 @@ struct FlashForwardTile {
   static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
                                       : kHeadDim <= 64                     ? 1
                                       : kChange == ScoreChange::kFloatMask ? 2
+                                      : kIsWideDropout && kStep == kKeys   ? 6
                                                                            : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
       kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
                           (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
-  // See OnlineSoftmax. With dropout it spills at 128.
+  static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
+  // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions = kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask &&
-                                           !(kChange == ScoreChange::kDropout && kHeadDim > 64);
+                                           !(kIsWideDropout && kStep < kKeys);
   static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
@@ -81,7 +85,7 @@ struct FlashForward {
 
   // Of a row in shared memory.
   static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
-  static constexpr bool kFewAddresses = kBool || kFloat || kCols >= 192;
+  static constexpr bool kFewAddresses = kBool || kFloat || kCols >= 192 || Tile::kFewAddresses;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
@@ -448,6 +452,9 @@ cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (Arch::kAsyncCopy) {
+    if (streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+  }
   if (p.mask_kind == MaskKind::kNone) {
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
