@@ -61,7 +61,7 @@ struct FlashForwardTile {
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
       kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
-                          (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
+                          ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions = kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask &&

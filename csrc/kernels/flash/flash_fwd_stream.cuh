@@ -259,7 +259,7 @@ inline bool streams_forward(const ForwardParams& p, int64_t most_keys = kMostStr
                       static_cast<uint64_t>((x.stride[0] | x.stride[1] | x.stride[2] | cols) * 2);
     return bits % kChunkBytes == 0 && x.stride[3] == 1 && x.stride[2] * 2 == static_cast<int>(x.stride[2] * 2);
   };
-  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.scale > 0.f && p.S > 0 && p.S <= kMostStreamedKeys &&
+  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.scale > 0.f && p.S > 0 && p.S <= most_keys &&
          p.L / 64 * p.B * p.H < BlockOrder::kMaxGridX && is_aligned(p.query, p.E) && is_aligned(p.key, p.E) &&
          is_aligned(p.value, p.Ev) && is_aligned(p.output, p.Ev);
 }

@@ -1,7 +1,6 @@
 // Tile after tile of one head's rows on their way to shared memory, with few instructions a tile.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "../arch/shared_memory.h"
