@@ -233,7 +233,9 @@ GROUPS_TEXT = {
 }
 GROUPS = {name: tuple(parse(line) for line in text.split("\n") if line.strip()) for name, text in GROUPS_TEXT.items()}
 # Everything for a GPU; the seed's case is there once in each layout.
-GROUPS["all"] = tuple(dict.fromkeys(case for name, group in GROUPS.items() if name not in ("cpu", "host") for case in group))
+GROUPS["all"] = tuple(
+    dict.fromkeys(case for name, group in GROUPS.items() if name not in ("cpu", "host") for case in group)
+)
 
 
 def select(names: str) -> list[Case]:

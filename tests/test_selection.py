@@ -203,6 +203,13 @@ def test_scratch_of_the_large_call_is_bounded():
     found = explain(*tensors, capability=(9, 0))
     assert found.math_matrix_bytes == 32 * 16384 * 16384 * 4
     assert found.math_scratch_bytes <= sdpa.math_scratch_limit()
+    before = sdpa.math_scratch_limit()
+    try:
+        sdpa.set_math_scratch_limit(4 * before)  # to give it more than the default has an effect
+        more = explain(*tensors, capability=(9, 0)).math_scratch_bytes
+        assert before < more <= 4 * before
+    finally:
+        sdpa.set_math_scratch_limit(before)
 
 
 def test_explanation_prints_a_table():

@@ -24,8 +24,8 @@ using at::Tensor;
 constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
-// The scores of one chunk should stay in cache between the passes over them.
-constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{256} << 20;
+// On the CPU the scores of one chunk should stay in cache between the passes over them.
+constexpr int64_t kCpuChunkBytes = int64_t{2} << 20;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
 struct Chunk {
@@ -69,8 +69,8 @@ int64_t bytes_per_score(bool in_place, bool backward, bool mask_grad, bool is_do
 }
 
 int64_t chunk_scores(bool cuda, int64_t bytes_per_score) {
-  return std::max<int64_t>(1,
-                           std::min(cuda ? kCudaChunkBytes : kCpuChunkBytes, scratch_limit.load()) / bytes_per_score);
+  const int64_t limit = scratch_limit;
+  return std::max<int64_t>(1, (cuda ? limit : std::min(kCpuChunkBytes, limit)) / bytes_per_score);
 }
 
 // Calls begin(chunk) before the first rows of a set of heads, step(chunk) for each set of rows, end(chunk) after the

@@ -64,8 +64,8 @@ struct FlashForwardTile {
                           ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.
-  static constexpr bool kFewInstructions = kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask &&
-                                           !(kIsWideDropout && kStep < kKeys);
+  static constexpr bool kFewInstructions =
+      kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask && !(kIsWideDropout && kStep < kKeys);
   static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
