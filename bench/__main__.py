@@ -39,6 +39,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=known.DTYPES, help="time every case in this dtype")
     parser.add_argument("--backward", action="store_true", help="time the backward of every case")
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="time the host until a call returns, which is what small calls take; with backward forward and backward "
+        "(cases by default: host)",
+    )
     parser.add_argument("--tf32", action="store_true", help="allow float32 products in TF32")
     parser.add_argument("--repeats", type=int, default=50, help="samples of one measurement at most (default 50)")
     parser.add_argument(
@@ -52,12 +58,15 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--repeats {options.repeats} and --seconds {options.seconds} must be positive")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    if options.plot and options.host:
+        parser.error("--plot draws TFLOP/s, which --host does not measure")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         options.contenders = contenders(options.backend, options.device)
-        options.cases = known.select(options.cases or ("seed,quick" if options.device.type == "cuda" else "cpu"))
+        default = "host" if options.host else "seed,quick" if options.device.type == "cuda" else "cpu"
+        options.cases = known.select(options.cases or default)
         changes = ({"dtype": options.dtype} if options.dtype else {}) | ({"backward": True} if options.backward else {})
         options.cases = list(dict.fromkeys(replace(case, **changes) for case in options.cases))
     except ValueError as error:
@@ -102,7 +111,7 @@ def main() -> int:
     if options.tf32:
         torch.set_float32_matmul_precision("high")
     torch.seed()  # fresh inputs each run; the JSON holds the seed
-    facts = report.environment(options.device, version)
+    facts = report.environment(options.device, version, options.host)
     out = options.out or report.default_path(facts)
 
     records: list[Record] = []
@@ -119,7 +128,16 @@ def main() -> int:
                 def tick(text: str) -> None:
                     progress.update(task, advance=1, description=text)
 
-                run_case(case, options.contenders, options.device, options.repeats, options.seconds, tick, records)
+                run_case(
+                    case,
+                    options.contenders,
+                    options.device,
+                    options.repeats,
+                    options.seconds,
+                    tick,
+                    records,
+                    options.host,
+                )
     except DeviceLost as lost:
         stopped = str(lost)
     except KeyboardInterrupt:

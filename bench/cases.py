@@ -211,6 +211,11 @@ GROUPS_TEXT = {
         B1 H1 L4096 D512 float16
         B4 H8 L4096 D512 float16
     """,
+    # So small that the host decides: for python -m bench --host.
+    "host": """
+        B1 H8 L128 D64 float16
+        B1 H8 L128 D64 float16 backward
+    """,
     # Small enough for two cores.
     "cpu": """
         B2 H4 L512 D32 float16 BHLD
@@ -228,7 +233,9 @@ GROUPS_TEXT = {
 }
 GROUPS = {name: tuple(parse(line) for line in text.split("\n") if line.strip()) for name, text in GROUPS_TEXT.items()}
 # Everything for a GPU; the seed's case is there once in each layout.
-GROUPS["all"] = tuple(dict.fromkeys(case for name, group in GROUPS.items() if name != "cpu" for case in group))
+GROUPS["all"] = tuple(
+    dict.fromkeys(case for name, group in GROUPS.items() if name not in ("cpu", "host") for case in group)
+)
 
 
 def select(names: str) -> list[Case]:

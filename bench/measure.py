@@ -27,6 +27,7 @@ BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
 }
 MIN_SAMPLES = 3
+HOST_CALLS = 50  # in a sample of the host's time: so few that the GPU's queue does not fill up and hold the host back
 REFERENCE_CHUNK = 2**22  # float64 scores held at a time: 32 MiB
 
 
@@ -200,8 +201,8 @@ class Reference:
 class Clock:
     """Microseconds between start and stop: CUDA events, or the host's clock."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
         if self.cuda:
             self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -252,10 +253,10 @@ class Record:
 class Run:
     """One contender on one case."""
 
-    def __init__(self, case: Case, contender: Contender, sets: list[Inputs], device: torch.device) -> None:
-        self.case, self.contender, self.sets, self.device = case, contender, sets, device
+    def __init__(self, case: Case, contender: Contender, sets: list[Inputs], device: torch.device, host: bool) -> None:
+        self.case, self.contender, self.sets, self.device, self.host = case, contender, sets, device, host
         self.record = Record(str(case), case, contender.library, contender.backend)
-        self.clock = Clock(device)
+        self.clock = Clock(device.type == "cuda" and not host)
         self.turn = 0
         self.calls = 1
         self.times: list[float] = []
@@ -293,12 +294,21 @@ class Run:
             estimate = self.sample()
             while time.perf_counter() - started < sample_seconds:
                 estimate = self.sample()
-            if not self.case.backward:
+            if self.host:
+                self.calls = HOST_CALLS
+            elif not self.case.backward:
                 self.calls = max(1, min(1000, round(sample_seconds * 1e6 / estimate)))
 
     def sample(self) -> float:
         """Microseconds a call. Every call takes the next input set, so that L2 does not hold its input."""
         with self.contender.switched_on():
+            if self.host:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                self.clock.start()
+                for _ in range(self.calls):
+                    self._once(self._next())
+                return self.clock.stop() / self.calls
             if self.case.backward:
                 inputs = self._next()
                 # The forward is not timed; running ahead of the GPU, it also hides the backward's launch.
@@ -329,7 +339,7 @@ class Run:
             record.us = statistics.median(self.times)
             record.us_min, record.us_max = min(self.times), max(self.times)
             record.samples, record.calls_per_sample = len(self.times), self.calls
-            record.tflops = self.case.flops / record.us / 1e6
+            record.tflops = None if self.host else self.case.flops / record.us / 1e6
         return record
 
     def _next(self) -> Inputs:
@@ -395,12 +405,13 @@ def run_case(
     seconds: float,
     tick: Callable[[str], None],
     records: list[Record],
+    host: bool = False,
 ) -> None:
     """Adds a record for each contender, also when it is stopped half-way. tick is called twice for each."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the last case left cached may not fit this one's sizes
     sets: list[Inputs] = []
-    runs = [Run(case, contender, sets, device) for contender in contenders]
+    runs = [Run(case, contender, sets, device, host) for contender in contenders]
     try:
         try:
             sets.append(make_inputs(case, device))

@@ -31,7 +31,7 @@ def _first_line(*command: str) -> tuple[str | None, str | None]:
     return done.stdout.partition("\n")[0], None
 
 
-def environment(device: torch.device, sdpa_version: str | None) -> dict[str, object]:
+def environment(device: torch.device, sdpa_version: str | None, host: bool) -> dict[str, object]:
     # SDPA_COMMIT: the code was carried to this machine without its repository.
     carried = os.environ.get("SDPA_COMMIT")
     commit, commit_error = (carried, None) if carried else _first_line("git", "rev-parse", "--short", "HEAD")
@@ -48,6 +48,7 @@ def environment(device: torch.device, sdpa_version: str | None) -> dict[str, obj
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.platform(),
+        "timed": "the host, until a call returns; with backward forward and backward" if host else "the device",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "seed": torch.initial_seed(),
     }
@@ -96,12 +97,13 @@ def print_tables(console: Console, facts: dict[str, object], records: list[Recor
     by_case: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
         by_case.setdefault(record.name, {})[record.library, record.backend] = record
+    unit = "us" if facts["timed"] == "the device" else "host us"
     libraries = [name for name in ("torch", "sdpa") if any(record.library == name for record in records)]
     for name, cells in by_case.items():
         table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("backend", min_width=24)
         for library in libraries:
-            for title, width in ((f"{library} us", 10), ("TFLOP/s", 7), ("MiB", 8), ("error", 8)):
+            for title, width in ((f"{library} {unit}", 10), ("TFLOP/s", 7), ("MiB", 8), ("error", 8)):
                 table.add_column(title, justify="right", min_width=width, no_wrap=True)
         if len(libraries) == 2:
             table.add_column("sdpa/torch", justify="right")
@@ -144,7 +146,7 @@ def _figures(record: Record | None, note: Callable[[str], str]) -> list[str]:
         error += " " + note("this error is too large for rounding: the result is wrong")
     return [
         mark + f"{record.us:.1f}",
-        f"{record.tflops:.1f}" if record.tflops >= 10 else f"{record.tflops:.3f}",
+        "-" if record.tflops is None else f"{record.tflops:.{1 if record.tflops >= 10 else 3}f}",
         "-" if record.mib is None else f"{record.mib:.1f}",
         error,
     ]

@@ -22,7 +22,7 @@ PATHS = sorted({(BACKEND[v["backend"]], v["path"], v["dtype"]) for v in VARIANTS
 
 HEAD_DIMS = [(d, d) for d in (1, 8, 17, 32, 40, 64, 72, 80, 96, 100, 128)]
 HEAD_DIMS += [(64, 32), (32, 64), (8, 128), (128, 8), (65, 33), (24, 100)]
-MIDDLE = [(129, 129), (160, 160), (192, 128), (192, 192), (256, 256), (64, 256), (200, 17)]  # not flash on sm75
+MIDDLE = [(129, 129), (160, 160), (192, 128), (192, 192), (256, 256), (64, 256), (200, 17)]
 WIDE = [(512, 512), (300, 40), (40, 300)]  # memory-efficient alone
 LENGTHS = [(1, 1), (1, 300), (300, 1), (7, 129), (129, 7), (63, 65), (64, 64), (65, 63), (128, 128), (127, 257)]
 LENGTHS += [(257, 127), (200, 333), (16, 1031), (515, 511)]
@@ -43,7 +43,7 @@ def sampled(choices, count, dice):
 def calls(backend, path, dtype):
     dice = random.Random(f"{backend.name} {path} {dtype}")
     for number, count in enumerate((PLAIN, ALL)):
-        dims = HEAD_DIMS + (MIDDLE if (backend, path) != (FLASH, 75) else []) + (WIDE if backend == EFFICIENT else [])
+        dims = HEAD_DIMS + MIDDLE + (WIDE if backend == EFFICIENT else [])
         axes = {
             "dims": dims,
             "lengths": LENGTHS,
@@ -276,6 +276,20 @@ def test_adversarial_scores(use_path, which, path, dtype, head_dim, is_causal, p
     check(which, query, key, value, scale=1.0, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("lengths", [(130, 200), (129, 65), (100, 1000)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 96, 128, 184, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_more_query_tiles_than_run_at_once(use_path, dtype, head_dim, is_causal, lengths):
+    """Blocks may take several, one after another."""
+    use_path(FLASH, 80, dtype)
+    L, S = lengths
+    shapes = (4, L, 120, head_dim), (4, S, 40, head_dim), (4, S, 40, head_dim)
+    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
+    poison("cuda", tensors[0].shape)
+    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float32"])
 @paths
 def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
@@ -298,6 +312,44 @@ def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
         output = check(which, *tensors, mask)[0]  # without gradients it may be another kernel's
         tensors[1][:, :, hidden] = math.nan
         assert torch.equal(check(which, *tensors, mask)[0], output)
+
+
+@pytest.fixture
+def allow_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 200])
+def test_one_part_if_tf32_is_allowed(allow_tf32, head_dim, kind):
+    tensors = [make(2, 40, n, head_dim, device="cuda") for n in (700, 333, 333)]
+    mask = torch.rand(700, 333, device="cuda") > 0.3 if kind == "mask" else None
+    output = check(EFFICIENT, *tensors, mask, is_causal=kind == "causal")[0]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with sdpa.sdpa_kernel(EFFICIENT):
+        exact = sdpa.scaled_dot_product_attention(*tensors, mask, is_causal=kind == "causal")
+    assert 1e-5 < (output - exact).norm() / exact.norm() < 2e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 200])
+@pytest.mark.parametrize("which, path", [(which, path) for which, path, dtype in PATHS if dtype == "float32"])
+def test_rows_of_any_magnitude(use_path, which, path, head_dim, masked):
+    """Parts of float16 have little range: each row has its own. What is masked out may hold anything finite."""
+    use_path(which, path, "float32")
+    lengths, magnitudes = (700, 333, 333), ((-20, 3), (-20, 3), (-20, 20))
+    tensors = [
+        make(2, 8, n, head_dim, device="cuda", grad=False)
+        * torch.randint(*m, (1, 1, n, 1), device="cuda").float().exp2()
+        for n, m in zip(lengths, magnitudes, strict=True)
+    ]
+    mask = None
+    if masked:
+        mask = torch.rand(700, 333, device="cuda") > 0.3
+        mask[:, ::3] = False
+        tensors[1][:, :, ::3] *= 1e25
+        tensors[2][:, :, ::3] *= 1e24
+    check(which, *(t.requires_grad_() for t in tensors), mask)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
@@ -326,7 +378,7 @@ def test_forward_is_bitwise_repeatable(use_path, which, path, dtype, is_causal):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "broadcast mask", "dropout"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "broadcast mask", "dropout", "broadcast mask, dropout"])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 @paths
 def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtype, head_dim, kind, deterministic):
@@ -334,7 +386,7 @@ def test_backward_is_bitwise_repeatable_if_asked_for(use_path, which, path, dtyp
     tensors = [make(2, heads, 515, head_dim, dtype=getattr(torch, dtype), device="cuda") for heads in (4, 2, 2)]
     if "mask" in kind:
         tensors += [make(*((2, 4) if kind == "mask" else (1, 1)), 515, 515, device="cuda")]
-    kwargs = {"dropout_p": 0.2 * (kind == "dropout"), "is_causal": kind == "causal", "enable_gqa": True}
+    kwargs = {"dropout_p": 0.2 * ("dropout" in kind), "is_causal": kind == "causal", "enable_gqa": True}
     check(which, *tensors, **kwargs)
     results, grad = [], torch.randn_like(tensors[0])
     with sdpa.sdpa_kernel(which):

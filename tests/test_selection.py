@@ -43,12 +43,11 @@ def takes(backend, capability, dtype, E=64, Ev=64, mask=None, p=0.0, grad=False)
         return True
     if backend == FLASH:
         turing = capability < (8, 0)
-        most = 128 if turing else 256
         return (
             capability >= (7, 5)
             and (dtype == HALF or (dtype == BRAIN and not turing))
-            and 1 <= E <= most
-            and 1 <= Ev <= most
+            and 1 <= E <= 256
+            and 1 <= Ev <= 256
             and mask != DOUBLE
         )
     brain = dtype == BRAIN and capability >= (8, 0)
@@ -159,7 +158,7 @@ def test_explanation_data():
     failed = {c.name: c for c in row(found, FLASH).constraints if not c.holds}
     assert failed["architecture"].got == "sm70" and "sm75" in failed["architecture"].needs
     assert failed["dtype"].got == "float32" and "float16" in failed["dtype"].needs
-    assert failed["head dims"].got == "E=200, Ev=64" and "128" in failed["head dims"].needs
+    assert "head dims" not in failed
     assert all(c.fix for b in found.backends for c in b.constraints)
     assert found.math_matrix_bytes == 2 * 4 * 16 * 24 * 4
     assert 0 < found.math_scratch_bytes <= sdpa.math_scratch_limit()
@@ -167,9 +166,13 @@ def test_explanation_data():
     assert row(found, EFFICIENT).kernels == ("efficient_decode_sm70_float32_256",)
     both = row(explain(*inputs(BRAIN, grad=True), capability=(8, 6)), FLASH).kernels
     assert both == ("flash_forward_sm80_bfloat16_64", "flash_backward_sm80_bfloat16_64")
-    turing = explain(*inputs(HALF, E=100, grad=True), capability=(7, 5))  # flash's kernels serve both
-    both = ("flash_forward_sm75_float16_128", "flash_backward_sm75_float16_128")
-    assert row(turing, FLASH).kernels == row(turing, EFFICIENT).kernels == both
+    for E, width in ((100, 128), (129, 256), (256, 256)):
+        turing = explain(*inputs(HALF, E=E, grad=True), capability=(7, 5))  # flash's kernels serve both
+        both = (f"flash_forward_sm75_float16_{width}", f"flash_backward_sm75_float16_{width}")
+        assert row(turing, FLASH).kernels == row(turing, EFFICIENT).kernels == both
+    wider = row(explain(*inputs(HALF, E=257), capability=(7, 5)), FLASH)
+    (failed,) = (c for c in wider.constraints if not c.holds)
+    assert failed.name == "head dims" and failed.got == "E=257, Ev=64" and failed.needs == "1 to 256"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +203,13 @@ def test_scratch_of_the_large_call_is_bounded():
     found = explain(*tensors, capability=(9, 0))
     assert found.math_matrix_bytes == 32 * 16384 * 16384 * 4
     assert found.math_scratch_bytes <= sdpa.math_scratch_limit()
+    before = sdpa.math_scratch_limit()
+    try:
+        sdpa.set_math_scratch_limit(4 * before)  # to give it more than the default has an effect
+        more = explain(*tensors, capability=(9, 0)).math_scratch_bytes
+        assert before < more <= 4 * before
+    finally:
+        sdpa.set_math_scratch_limit(before)
 
 
 def test_explanation_prints_a_table():

@@ -29,7 +29,6 @@ from variants import CPP_TYPE, VARIANTS, Target, Variant, newest_path
 HERE = Path(__file__).parent
 INSTRUCTIONS = (
     "HMMA.884",
-    "HMMA.1688.F32.TF32",
     "HMMA.1688",
     "HMMA.16816",
     "LDSM",

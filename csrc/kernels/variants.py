@@ -78,7 +78,7 @@ VARIANTS = (
     + [
         Variant("flash", direction, 75, "float16", head_dim)
         for direction in ("forward", "backward")
-        for head_dim in (32, 64, 128)
+        for head_dim in (32, 64, 128, 256)
     ]
     + [
         Variant("efficient", direction, path, dtype, head_dim)

@@ -26,17 +26,24 @@ static at::Tensor keep_on_cpu(int64_t seed, float p, int64_t first_batch_head, i
   at::Tensor keep = at::empty({batch_heads, rows, S}, at::kByte);
   uint8_t* const data = keep.data_ptr<uint8_t>();
   const Dropout dropout = Dropout::make(p, seed);
-  at::parallel_for(0, batch_heads * rows, 1, [&](int64_t begin, int64_t end) {
+  // By blocks of 32 rows: a draw decides on every eighth score of a block's rows and columns.
+  const int64_t first_block = first_row / 32, last_row = first_row + rows;
+  const int64_t blocks = (last_row + 31) / 32 - first_block;
+  at::parallel_for(0, batch_heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const uint32_t batch_head = static_cast<uint32_t>(first_batch_head + i / rows);
-      const uint32_t row = static_cast<uint32_t>(first_row + i % rows);
-      uint8_t* const line = data + i * S;
-      // A draw decides on every eighth score of 32 in this row.
-      for (int64_t block = 0; block < S; block += 32) {
-        for (uint32_t col8 = 0; col8 < 8; ++col8) {
-          const Dropped16 dropped =
-              dropout.draw(batch_head, row / 32, static_cast<uint32_t>(block / 32), row % 8, col8);
-          for (uint32_t col = col8; col < 32 && block + col < S; col += 8) line[block + col] = dropped.keeps(row, col);
+      const int64_t head = i / blocks, block_row = first_block + i % blocks;
+      uint8_t* const block = data + (head * rows + block_row * 32 - first_row) * S;
+      for (int64_t place = 0; place < 8 * 8 * ((S + 31) / 32); ++place) {
+        const int64_t row8 = place % 8, col8 = place / 8 % 8, block_col = place / 64;
+        const Dropped16 dropped =
+            dropout.draw(static_cast<uint32_t>(first_batch_head + head), static_cast<uint32_t>(block_row),
+                         static_cast<uint32_t>(block_col), static_cast<uint32_t>(row8), static_cast<uint32_t>(col8));
+        for (int64_t row = row8; row < 32; row += 8) {
+          if (block_row * 32 + row < first_row || block_row * 32 + row >= last_row) continue;
+          uint8_t* const line = block + row * S + block_col * 32;
+          for (int64_t col = col8; col < std::min<int64_t>(32, S - block_col * 32); col += 8) {
+            line[col] = dropped.keeps(static_cast<uint32_t>(row), static_cast<uint32_t>(col));
+          }
         }
       }
     }

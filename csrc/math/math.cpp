@@ -24,8 +24,8 @@ using at::Tensor;
 constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
-// The scores of one chunk should stay in cache between the passes over them.
-constexpr int64_t kCpuChunkBytes = int64_t{2} << 20, kCudaChunkBytes = int64_t{256} << 20;
+// On the CPU the scores of one chunk should stay in cache between the passes over them.
+constexpr int64_t kCpuChunkBytes = int64_t{2} << 20;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
 struct Chunk {
@@ -69,8 +69,8 @@ int64_t bytes_per_score(bool in_place, bool backward, bool mask_grad, bool is_do
 }
 
 int64_t chunk_scores(bool cuda, int64_t bytes_per_score) {
-  return std::max<int64_t>(1,
-                           std::min(cuda ? kCudaChunkBytes : kCpuChunkBytes, scratch_limit.load()) / bytes_per_score);
+  const int64_t limit = scratch_limit;
+  return std::max<int64_t>(1, (cuda ? limit : std::min(kCpuChunkBytes, limit)) / bytes_per_score);
 }
 
 // Calls begin(chunk) before the first rows of a set of heads, step(chunk) for each set of rows, end(chunk) after the
@@ -343,7 +343,9 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
   const bool in_place = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-  const Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  // A look at all rows costs less than two passes over the gradients of a chunk.
+  Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
   Tensor key, value, grad_key, grad_value;
   for_chunks(
       call, bytes_per_score(in_place, true, grads.mask.defined(), type == at::kDouble),
@@ -372,7 +374,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
         } else {
           Tensor scores = product(query, k.transpose(1, 2), call.scale).view(four_dims);
           mask_scores(call, mask, c, scores, group);
-          if (mask.defined()) {
+          if (empty_rows.defined()) {
             // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
             const Tensor empty = query_view(empty_rows, c, group);
             scores.narrow(3, 0, 1).masked_fill_(empty, 0);

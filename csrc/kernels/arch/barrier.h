@@ -18,6 +18,12 @@ __device__ __forceinline__ void sync_threads(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
+// To arrive there without waiting.
+template <int kThreads>
+__device__ __forceinline__ void arrive_threads(int number) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+
 // And whether any of them has x.
 template <int kThreads>
 __device__ __forceinline__ bool sync_threads_or(int number, bool x) {

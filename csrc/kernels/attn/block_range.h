@@ -76,13 +76,17 @@ struct BlockOrder {
     if (tiles * heads > UINT32_MAX) return locate(tile, head);
     const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x;
     if (block >= static_cast<uint32_t>(tiles * heads)) return false;
+    find(block, tile, head);
+    return true;
+  }
+  // The work of a block, where 32 bits can number the blocks.
+  __device__ __forceinline__ void find(uint32_t block, int& tile, int& head) const {
     const uint32_t at_once = static_cast<uint32_t>(heads_at_once),
                    group_blocks = static_cast<uint32_t>(tiles) * at_once;
     const uint32_t group = block / group_blocks, rest = block % group_blocks;
     const uint32_t here = min(at_once, static_cast<uint32_t>(heads) - group * at_once);
     tile = static_cast<int>(rest / here);
     head = static_cast<int>(group * at_once + rest % here);
-    return true;
   }
 #endif
 };

@@ -22,6 +22,13 @@ cudaError_t allow_shared_bytes(int bytes) {
   return error;
 }
 
+// Of the current device.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // What a kernel launched by launch_early does before it touches memory: waits until all of the kernel before it is
 // done.
 __device__ __forceinline__ void wait_for_predecessor() {

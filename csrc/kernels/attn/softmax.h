@@ -60,11 +60,11 @@ struct OnlineSoftmax {
   // Takes in a tile's scores before their first exp2. A score of -inf takes no part.
   template <int kCols, int kOutCols>
   __device__ __forceinline__ void see(const float (&scores)[kRowBlocks][kCols][4],
-                                      float (&output)[kRowBlocks][kOutCols][4]) {
+                                      float (&output)[kRowBlocks][kOutCols][4], bool is_first = false) {
     if (!__any_sync(0xffffffffu, has_outgrown(scores))) return;
     float highest[kRowBlocks][2];
     find_highest(highest, scores);
-    if (__any_sync(0xffffffffu, exceeds(highest))) raise(highest, output);
+    if (__any_sync(0xffffffffu, exceeds(highest))) raise(highest, output, is_first);
   }
 
   // The parts of `see`, for warps that share rows: whether some row has outgrown its reference in this lane's share,
@@ -115,23 +115,28 @@ struct OnlineSoftmax {
     }
     return any;
   }
-  // and new references for all rows.
+  // and new references for all rows. is_first: there is no output yet.
   template <int kOutCols>
-  __device__ __forceinline__ void raise(const float (&highest)[kRowBlocks][2],
-                                        float (&output)[kRowBlocks][kOutCols][4]) {
+  __device__ __forceinline__ void raise(const float (&highest)[kRowBlocks][2], float (&output)[kRowBlocks][kOutCols][4],
+                                        bool is_first = false) {
+    float factor[kRowBlocks][2];
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float now = fmaxf(highest[m][half], reference[m][half]);
-        const float factor = exp2_approx(reference[m][half] - now);
+        factor[m][half] = exp2_approx(reference[m][half] - now);
         reference[m][half] = now;
-        sum[m][half] *= factor;
+        sum[m][half] *= factor[m][half];
+      }
+    }
+    if (is_first) return;
 #pragma unroll
-        for (int n = 0; n < kOutCols; ++n) {
-          output[m][n][2 * half] *= factor;
-          output[m][n][2 * half + 1] *= factor;
-        }
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kOutCols; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output[m][n][i] *= factor[m][i / 2];
       }
     }
   }
@@ -160,6 +165,22 @@ struct OnlineSoftmax {
     score = -INFINITY;
   }
 
+  // After the last tile: the factors that normalise the rows, and of one of this lane's rows, which is row lane % 2 * 8
+  // + lane / 4 of block lane / 2 % 2, its LSE and what rounding took from it.
+  __device__ __forceinline__ void finish_all(float (&factors)[kRowBlocks][2], float& logsumexp, float& rest) {
+    static_assert(kRowBlocks == 2);
+    float total[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      total[i] = quad_sum(sum[i / 2][i % 2]);
+      factors[i / 2][i % 2] = total[i] == 0.f ? 0.f : __fdividef(1.f, total[i]);
+    }
+    const bool is_odd = threadIdx.x % 2 == 1, is_second = threadIdx.x / 2 % 2 == 1;
+    const auto own = [&](float a, float b, float c, float d) { return is_second ? is_odd ? d : c : is_odd ? b : a; };
+    set_logsumexp(own(total[0], total[1], total[2], total[3]),
+                  own(reference[0][0], reference[0][1], reference[1][0], reference[1][1]), logsumexp, rest);
+  }
+
   // After the last tile: the factor that normalises a row, 0 for a row with nothing to attend to, and its LSE.
   __device__ __forceinline__ float finish(int m, int half, float& logsumexp) {
     float rest;
@@ -167,10 +188,17 @@ struct OnlineSoftmax {
   }
   // And what rounding took from the LSE (see params.h).
   __device__ __forceinline__ float finish(int m, int half, float& logsumexp, float& rest) {
-    const float total = quad_sum(sum[m][half]), log_total = log2f(total);
-    logsumexp = total == 0.f ? -INFINITY : (reference[m][half] + log_total) * kLn2;
-    rest = total == 0.f ? 0.f : (reference[m][half] - __fmul_rn(logsumexp, kLog2E)) + log_total;
+    const float total = quad_sum(sum[m][half]);
+    set_logsumexp(total, reference[m][half], logsumexp, rest);
     return total == 0.f ? 0.f : 1.f / total;
+  }
+
+ private:
+  static __device__ __forceinline__ void set_logsumexp(float total, float its_reference, float& logsumexp,
+                                                       float& rest) {
+    const float log_total = log2f(total);
+    logsumexp = total == 0.f ? -INFINITY : (its_reference + log_total) * kLn2;
+    rest = total == 0.f ? 0.f : (its_reference - __fmul_rn(logsumexp, kLog2E)) + log_total;
   }
 };
 

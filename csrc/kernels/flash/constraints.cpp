@@ -14,8 +14,7 @@ static bool takes_dtype(const Problem& p) {
   return p.dtype == DType::kFloat16 || (p.dtype == DType::kBFloat16 && !on_turing(p));
 }
 static bool takes_head_dims(const Problem& p) {
-  const int64_t most = on_turing(p) ? 128 : 256;  // sm75 has 64 KB of shared memory
-  return p.E >= 1 && p.Ev >= 1 && p.E <= most && p.Ev <= most;
+  return p.E >= 1 && p.Ev >= 1 && p.E <= 256 && p.Ev <= 256;
 }
 
 const std::vector<Constraint>& flash_constraints() {
@@ -26,7 +25,7 @@ const std::vector<Constraint>& flash_constraints() {
        [](const Problem& p) { return unsupported_chip("Flash", "sm75 and newer", p); }},
       {"dtype", takes_dtype, got_dtype, "float16 or (on sm80 and newer) bfloat16",
        "Cast the inputs, or run under torch.autocast."},
-      {"head dims", takes_head_dims, got_head_dims, "1 to 256, on sm75 1 to 128",
+      {"head dims", takes_head_dims, got_head_dims, "1 to 256",
        "Use the memory-efficient backend, which takes any head dim."},
       {"lengths", takes_lengths, got_lengths, kNeedsLengths, "Split the call along its batch or its queries."},
       {"mask", [](const Problem& p) { return p.mask_kind != MaskKind::kFloat64; }, got_mask,

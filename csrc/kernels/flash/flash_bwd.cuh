@@ -140,8 +140,8 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
   if constexpr (kHeadDim <= 64) {
     return narrow_backward<Arch, T, kHeadDim, kEdit>(p, walks, stream);
   } else if constexpr (!Arch::kAsyncCopy) {  // sm75: 64 KB
-    static_assert(kHeadDim <= 128);
-    using Tile = WideTile<128, 8, 1, 2, 32, 1, 1, Arch::kSharedBytes>;
+    using Tile = std::conditional_t<kHeadDim <= 128, WideTile<128, 8, 1, 2, 32, 1, 1, Arch::kSharedBytes>,
+                                    WideTile<256, 4, 1, 2, 32, 1, 1, Arch::kSharedBytes>>;
     return launch_wide<Arch, T, kHeadDim, kEdit, Tile>(p, walks, stream);
   } else {
     if constexpr (kHeadDim <= 128) {

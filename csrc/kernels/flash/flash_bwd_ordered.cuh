@@ -22,8 +22,8 @@
 
 namespace sdpa {
 
-// A warp's 16 rows of dS for one tile of keys. Here queries are the rows of the scores, and keys stand in their order,
-// which is that of the numbers of attn/dropout.h.
+// A warp's 16 rows of dS for its keys of a tile, all of them or an even share. Here queries are the rows of the scores,
+// and keys stand in their order, which is that of the numbers of attn/dropout.h.
 template <class Arch, class T, int kHeadDim, int kKeys, bool kHasMask>
 struct ScoreGradient {
   using Scores = float[kKeys / 8][4];
@@ -43,14 +43,15 @@ struct ScoreGradient {
     }
   }
 
-  // The tiles are in shared memory; q0 and k0 are where they begin.
+  // The tiles are in shared memory, at the block's first query and this warp's first key; q0 and k0 are their numbers.
+  // `row_block`: this warp's 16 rows.
   template <class QueryTile, class KeyTile>
   __device__ __forceinline__ void compute(Scores& scores, const QueryTile& query, const QueryTile& grad,
                                           const KeyTile& key, const KeyTile& value, const BackwardParams& p,
-                                          const Dropout& dropout, int batch, int head, int q0, int k0,
+                                          const Dropout& dropout, int batch, int head, int row_block, int q0, int k0,
                                           float scale_log2) const {
     using Product = Mma<Arch, T>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     const auto lane_offset = KeyTile::lane_offset();
     Scores grad_scores = {};
 #pragma unroll
@@ -58,8 +59,8 @@ struct ScoreGradient {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       uint32_t a[4], c[4];
-      query.load_a(a, lane_offset, warp, k);
-      grad.load_a(c, lane_offset, warp, k);
+      query.load_a(a, lane_offset, row_block, k);
+      grad.load_a(c, lane_offset, row_block, k);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4], d[4];
@@ -74,7 +75,7 @@ struct ScoreGradient {
 
     // Addresses into the mask are computed anew in every tile: they do not fit beside dQ.
     if constexpr (kHasMask) asm volatile("" : "+r"(batch), "+r"(head), "+r"(q0));
-    const int row0 = q0 + warp * 16;
+    const int row0 = q0 + row_block * 16;
     log2_probability(scores, p, batch, head, row0 + lane / 4, k0 + lane % 4 * 2, scale_log2);
     const bool is_partial = k0 + kKeys > p.S || (p.is_causal && k0 + kKeys > row0 + 1);
     const TileLimit limit{static_cast<int>(min(p.S - k0, int64_t{kKeys})), p.is_causal ? row0 - k0 : kKeys};
@@ -92,7 +93,8 @@ struct ScoreGradient {
         if (n % 4 == 0) {
           const Dropout draw = dropout.with_seed(*p.seed);
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head + int64_t{batch} * p.H + head);
-          dropped.draw(draw, batch_head, row0 / 32, (k0 + n * 8) / 32, row0 / 16 % 2 == 1);
+          dropped.draw(draw, batch_head, row0 / 32, (k0 + n * 8) / 32, row0 / 16 % 2 == 1,
+                       kKeys % 32 != 0 && k0 / 16 % 2 == 1);
         }
         if (n % 2 == 0) dropped.drop(grad_scores[n], grad_scores[n + 1], 0, n / 2 % 2);
 #pragma unroll
@@ -138,17 +140,28 @@ struct ScoreGradient {
   }
 };
 
-template <class Arch, class T, int kHeadDim, int kWarps, int kKeys_, int kStages_>
+// kShares: warps that share 16 rows, each with its own keys.
+template <class Arch, class T, int kHeadDim, int kWarps, int kShares_, int kKeys_, int kStages_>
 struct OrderedTile {
-  static constexpr int kKeys = kKeys_, kStages = kStages_, kThreads = kWarps * 32, kQueries = kWarps * 16;
+  static constexpr int kShares = kShares_, kShareKeys = kKeys_ / kShares_;
+  static constexpr int kKeys = kKeys_, kStages = kStages_, kThreads = kWarps * 32, kQueries = kWarps / kShares * 16;
   using QueryTile = SharedTile<T, kQueries, kHeadDim, Arch>;  // of dO too
   using KeyTile = SharedTile<T, kKeys, kHeadDim, Arch>;       // of values too
+
+  static __device__ __forceinline__ KeyTile share(const KeyTile& tile, int number) {
+    return {tile.base + number * kShareKeys * KeyTile::kRowBytes};
+  }
 };
+
+// In 64 KB no more than 32 queries and 32 keys have a place.
+template <class Arch, int kHeadDim>
+constexpr int kOrderedShares = !Arch::kAsyncCopy && kHeadDim > 128 ? 2 : 1;
 
 // Shared memory: query | dO | stages of (key | value).
 template <class Arch, class T, int kHeadDim>
-struct QueryOrderedTile : OrderedTile<Arch, T, kHeadDim, 4, kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 64 : 32,
-                                      kHeadDim <= 128 && Arch::kAsyncCopy ? 2 : 1> {
+struct QueryOrderedTile
+    : OrderedTile<Arch, T, kHeadDim, 4, kOrderedShares<Arch, kHeadDim>,
+                  kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 64 : 32, kHeadDim <= 128 && Arch::kAsyncCopy ? 2 : 1> {
   using Tile = QueryOrderedTile::OrderedTile;
   static constexpr int kStageBytes = 2 * Tile::KeyTile::kBytes;
   static constexpr int kSharedBytes = 2 * Tile::QueryTile::kBytes + Tile::kStages * kStageBytes;
@@ -160,7 +173,7 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
     query_gradient_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
                           const __grid_constant__ Dropout dropout, const float scale_log2) {
   using Tile = QueryOrderedTile<Arch, T, kHeadDim>;
-  constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads;
+  constexpr int kKeys = Tile::kKeys, kShareKeys = Tile::kShareKeys, kThreads = Tile::kThreads;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   int tile_number, batch_head;
@@ -168,6 +181,7 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
   const int q0 = (static_cast<int>(order.tiles) - 1 - tile_number) * Tile::kQueries;  // causal: the longest first
   const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
   const int key_head = head / static_cast<int>(p.group), warp = threadIdx.x / 32;
+  const int row_block = warp / Tile::kShares, share = warp % Tile::kShares;
   const BlockRange<Tile::kQueries, kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
 
   const uint32_t base = shared_address(shared);
@@ -186,8 +200,8 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
   query.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
   grad.template fill<kThreads>(HeadRows<const T>(p.grad_output, batch, head, p.L, p.Ev), q0);
   if (range.matters(q0, 0)) fetch(0);
-  ScoreGradient<Arch, T, kHeadDim, kKeys, kHasMask> score_gradient;
-  score_gradient.read_rows(p, batch_head, q0 + warp * 16);
+  ScoreGradient<Arch, T, kHeadDim, kShareKeys, kHasMask> score_gradient;
+  score_gradient.read_rows(p, batch_head, q0 + row_block * 16);
 
   const auto lane_offset = Tile::KeyTile::lane_offset();
   float grad_query[1][kHeadDim / 8][4] = {};
@@ -198,17 +212,18 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
     const bool has_next = range.matters(q0, k0 + kKeys);
     if (Tile::kStages > 1 && has_next) fetch(k0 + kKeys);
     const int stage = k0 / kKeys % Tile::kStages;
-    float scores[kKeys / 8][4];
-    score_gradient.compute(scores, query, grad, key_tile(stage), value_tile(stage), p, dropout, batch, head, q0, k0,
-                           scale_log2);
+    const auto keys = Tile::share(key_tile(stage), share), values = Tile::share(value_tile(stage), share);
+    float scores[kShareKeys / 8][4];
+    score_gradient.compute(scores, query, grad, keys, values, p, dropout, batch, head, row_block, q0,
+                           k0 + share * kShareKeys, scale_log2);
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
+    for (int k = 0; k < kShareKeys / 16; ++k) {
       uint32_t a[4];
       to_operand<T>(a, scores[2 * k], scores[2 * k + 1]);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t b[4];
-        key_tile(stage).load_b(b, lane_offset, k, n);
+        keys.load_b(b, lane_offset, k, n);
         Mma<Arch, T>::add(grad_query[0][2 * n], a, b[0], b[1]);
         Mma<Arch, T>::add(grad_query[0][2 * n + 1], a, b[2], b[3]);
       }
@@ -221,12 +236,26 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
 
   wait_for_copies<Arch>();
   __syncthreads();
+  if constexpr (Tile::kShares == 2) {  // the other warp's sums, through the place of keys and values
+    constexpr int kRowThreads = kThreads / 2;
+    static_assert(kRowThreads * kHeadDim / 2 * sizeof(float) <= Tile::kStageBytes);
+    float* const sums =
+        reinterpret_cast<float*>(shared + 2 * Tile::QueryTile::kBytes) + row_block * 32 + threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      if (share == 1) sums[i * kRowThreads] = grad_query[0][i / 4][i % 4];
+    }
+    __syncthreads();
+    if (share == 1) return;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) grad_query[0][i / 4][i % 4] += sums[i * kRowThreads];
+  }
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) grad_query[0][n][i] *= p.scale;
   }
-  query.template store<1>(grad_query, warp, HeadRows<T>(p.grad_query, batch, head, p.L, p.E), q0 + warp * 16);
+  query.template store<1>(grad_query, row_block, HeadRows<T>(p.grad_query, batch, head, p.L, p.E), q0 + row_block * 16);
 }
 
 // What shares one tile of the mask's gradient. Counts are 1 where the gradient has that dimension itself.
@@ -237,8 +266,9 @@ struct MaskSums {
 
 // Shared memory: stages of (query | dO | key | value).
 template <class Arch, class T, int kHeadDim>
-struct MaskOrderedTile : OrderedTile<Arch, T, kHeadDim, kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 8 : 4,
-                                     kHeadDim <= 128 ? 64 : 32, kHeadDim <= (Arch::kAsyncCopy ? 64 : 32) ? 2 : 1> {
+struct MaskOrderedTile
+    : OrderedTile<Arch, T, kHeadDim, kHeadDim <= (Arch::kAsyncCopy ? 128 : 64) ? 8 : 4, kOrderedShares<Arch, kHeadDim>,
+                  kHeadDim <= 128 ? 64 : 32, kHeadDim <= (Arch::kAsyncCopy ? 64 : 32) ? 2 : 1> {
   using Tile = MaskOrderedTile::OrderedTile;
   static constexpr int kStageBytes = 2 * (Tile::QueryTile::kBytes + Tile::KeyTile::kBytes);
   static constexpr int kSharedBytes = Tile::kStages * kStageBytes;
@@ -250,9 +280,10 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     mask_gradient_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ MaskSums sums,
                          const __grid_constant__ Dropout dropout, const float scale_log2) {
   using Tile = MaskOrderedTile<Arch, T, kHeadDim>;
-  constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads;
+  constexpr int kKeys = Tile::kKeys, kShareKeys = Tile::kShareKeys, kThreads = Tile::kThreads;
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row_block = warp / Tile::kShares, share = warp % Tile::kShares;
 
   // This block's tile; heads last, so that blocks that share queries or keys run side by side.
   int64_t number = blockIdx.x;
@@ -291,7 +322,7 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     key_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.value, at.batch, key_head, p.S, p.Ev), at.k0);
   };
 
-  float total[kKeys / 8][4] = {};
+  float total[kShareKeys / 8][4] = {};
   fetch(0);
 #pragma unroll 1
   for (int item = 0; item < items; ++item) {
@@ -300,13 +331,14 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     if (Tile::kStages > 1 && item + 1 < items) fetch(item + 1);
     const Place at = place(item);
     const int stage = item % Tile::kStages;
-    ScoreGradient<Arch, T, kHeadDim, kKeys, true> score_gradient;
-    score_gradient.read_rows(p, at.batch * static_cast<int>(p.H) + at.head, at.q0 + warp * 16);
-    float scores[kKeys / 8][4];
-    score_gradient.compute(scores, query_tile(stage, 0), query_tile(stage, 1), key_tile(stage, 0), key_tile(stage, 1),
-                           p, dropout, at.batch, at.head, at.q0, at.k0, scale_log2);
+    ScoreGradient<Arch, T, kHeadDim, kShareKeys, true> score_gradient;
+    score_gradient.read_rows(p, at.batch * static_cast<int>(p.H) + at.head, at.q0 + row_block * 16);
+    float scores[kShareKeys / 8][4];
+    score_gradient.compute(scores, query_tile(stage, 0), query_tile(stage, 1), Tile::share(key_tile(stage, 0), share),
+                           Tile::share(key_tile(stage, 1), share), p, dropout, at.batch, at.head, row_block, at.q0,
+                           at.k0 + share * kShareKeys, scale_log2);
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int n = 0; n < kShareKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[n][i] += scores[n][i];
     }
@@ -322,10 +354,11 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
   constexpr int kPitch = kKeys + 2;
   static_assert(Tile::kQueries * kPitch * static_cast<int>(sizeof(float)) <= Tile::kSharedBytes);
 #pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {
+  for (int n = 0; n < kShareKeys / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rows[(warp * 16 + lane / 4 + i / 2 * 8) * kPitch + n * 8 + lane % 4 * 2 + i % 2] = total[n][i];
+      const int row = row_block * 16 + lane / 4 + i / 2 * 8, col = share * kShareKeys + n * 8 + lane % 4 * 2 + i % 2;
+      rows[row * kPitch + col] = total[n][i];
     }
   }
   __syncthreads();

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../arch/barrier.h"
+#include "../arch/reduction.h"
 #include "../attn/block_range.h"
 #include "../attn/launch.h"
 #include "../attn/params.h"
@@ -46,7 +47,7 @@ __device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& 
     }
   }
   static_assert(!kIsPlain || (Arch::kAsyncCopy && kRowStep % 8 == 0));
-  tile.template fill<kThreads>(source, row0);
+  tile.template fill<kThreads, InOrder, !Arch::kAsyncCopy>(source, row0);
   fence_block();  // what went through registers comes before an arrival
 }
 
@@ -96,27 +97,6 @@ __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
     for (int i = 0; i < min(present, kChunkElements); ++i) sums[i] = 0.f;
   }
 }
-
-// Adds two or four floats to a place aligned to as many, where the chip can in one reduction. Both ways do the same;
-// this is not a code path, so it need not be a template parameter.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kVectorReductions = true;
-__device__ __forceinline__ void reduce(float* to, const float (&x)[2]) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x[0]), "f"(x[1]) : "memory");
-}
-__device__ __forceinline__ void reduce(float* to, const float (&x)[4]) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-               "f"(x[3])
-               : "memory");
-}
-#else
-constexpr bool kVectorReductions = false;
-template <int kCount>
-__device__ __forceinline__ void reduce(float* to, const float (&x)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) atomicAdd(to + i, x[i]);
-}
-#endif
 
 // The mask's gradient straight from the accumulators of dS^T, for a gradient whose rows lie as most do, on chips where
 // the reductions of a lane's neighbouring keys (RowRuns<kKeyBlocks>) are one. Elsewhere: add_mask_gradient.

@@ -35,6 +35,10 @@ struct WideTile {
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct WideBackward {
   static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks;
+  // In 64 KB there is a place for three quarters of the values' columns, if LSE and delta are where P^T is later. The
+  // others are in registers, and come and go through the queries' place.
+  static constexpr bool kSplitsValue = !Arch::kAsyncCopy && kHeadDim > 128;
+  static constexpr int kSharedValueCols = kSplitsValue ? kHeadDim / 4 * 3 : kHeadDim;
   static constexpr int kThreads = Tile::kWarps * 32, kGroups = Tile::kWarps / Tile::kShares;
   static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
   static constexpr int kShareQueries = kQueryTile / Tile::kShares;       // of a warp, for the scores
@@ -42,25 +46,30 @@ struct WideBackward {
   // dQ: each warp takes kGradRows blocks of 16 queries and a share of the columns, in kPasses for want of registers.
   static constexpr int kGradRows = Tile::kCols / 16 % (Tile::kWarps * 32 / kQueryTile) == 0 ? 2 : 1;
   static constexpr int kQueryGroups = kQueryTile / 16 / kGradRows, kColGroups = Tile::kWarps / kQueryGroups;
-  static constexpr int kPasses = Tile::kCols / kColGroups > 48 ? Tile::kCols / kColGroups / 32 : 1;
+  static constexpr int kPassCols = kSplitsValue && kEdit == ScoreEdit::kMaskGradient ? 16 : 32;
+  static constexpr int kPasses = Tile::kCols / kColGroups > 48 ? Tile::kCols / kColGroups / kPassCols : 1;
   static constexpr int kGradQueryBlocks = Tile::kCols / kColGroups / 16 / kPasses;
   static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;      // of values too
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;      // of values too, if whole
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;  // of dO too
   using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // P^T, dS^T
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
 
-  static constexpr int kQueryOffset = 2 * KeyTile::kBytes;
+  using ValueTile = SharedTile<T, kKeyTile, kSharedValueCols, Arch, kSplitsValue>;
+  static constexpr int kQueryOffset = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kScoreOffset = kQueryOffset + (Tile::kStages + Tile::kGradStages) * QueryTile::kBytes;
-  static constexpr int kRowOffset = kScoreOffset + 2 * ScoreTile::kBytes;  // LSE, delta, rest of LSE
-  static constexpr int kBarriers = 5;
-  static constexpr int kBarrierOffset = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kRowBytes = (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
+  static constexpr int kScoreEnd = kScoreOffset + 2 * ScoreTile::kBytes;
+  static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
+  static constexpr int kBarriers = Barrier::kIsReal ? 5 : 0;
+  static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * Barrier::kBytes;
   static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
+  static_assert(!kSplitsValue || (KeyTile::kBytes <= kScoreOffset - kQueryOffset && kRowBytes <= ScoreTile::kBytes));
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
@@ -86,9 +95,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
 
-  // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | rest of LSE | barriers.
+  // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | rest of LSE
+  // | barriers.
   const uint32_t base = shared_address(shared);
-  const typename Flash::KeyTile key_tile{base}, value_tile{base + Flash::KeyTile::kBytes};
+  const typename Flash::KeyTile key_tile{base};
+  const typename Flash::ValueTile value_tile{base + Flash::KeyTile::kBytes};
   const auto query_tile = [&](int stage) {
     return typename Flash::QueryTile{base + Flash::kQueryOffset + stage * Flash::QueryTile::kBytes};
   };
@@ -149,7 +160,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask)
+    if constexpr (kHasMask || Flash::kSplitsValue)
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   const auto fetch_query = [&](const Place& x, int stage) {
@@ -188,8 +199,30 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     }
   };
   fetch_keys();
+  const auto value_offset = Flash::ValueTile::lane_offset();
   bool mask_from_registers = false;
-  if constexpr (kEdit == ScoreEdit::kMaskGradient) mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
+  if constexpr (kEdit == ScoreEdit::kMaskGradient && !Flash::kSplitsValue) {
+    mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
+  }
+  constexpr int kSplit = Flash::kSharedValueCols / 16, kRight = (kHeadDim - Flash::kSharedValueCols) / 16;
+  uint32_t right_values[kRight > 0 ? kRight : 1][kKeyBlocks][4];
+  if constexpr (kRight > 0) {
+    using RightTile = SharedTile<T, kKeyTile, kRight * 16, Arch>;
+    const RightTile right{base + Flash::kQueryOffset};
+    HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
+    value.data += Flash::kSharedValueCols * value.col_stride;
+    value.cols -= Flash::kSharedValueCols;
+    right.template fill<kThreads, KeyOrder>(value, k0);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kRight; ++k) {
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+        right.load_a(right_values[k][m], RightTile::lane_offset(), warp_block + m, k);
+      }
+    }
+    __syncthreads();
+  }
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
 
   if (exists(here)) {
@@ -292,7 +325,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       const int first_block = share * kBlocks;  // of 16 queries, in the tile
       // By 16 queries. The entries of a bool mask, which has no gradient, are read before the products, those of others
       // would take too many registers.
-      TransposedMask<kKeyBlocks, 2, kEdit == ScoreEdit::kMask ? 1 : 0> mask[kBlocks];
+      TransposedMask<kKeyBlocks, 2, kEdit == ScoreEdit::kMask && !Flash::kSplitsValue ? 1 : 0> mask[kBlocks];
       if constexpr (kHasMask) {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
@@ -305,7 +338,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
       const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
       const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
-      const typename Flash::KeyTile value_rows{value_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
+      const typename Flash::ValueTile value_rows{value_tile.base + key_begin * 16 * Flash::ValueTile::kRowBytes};
       const typename Flash::QueryTile query_rows{query.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
       const typename Flash::QueryTile grad_rows{grad.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
       // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
@@ -316,7 +349,12 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
           key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
-          value_rows.load_a(value[m], lane_offset, warp_block - key_begin + m, k);
+          if (k < kSplit) {
+            value_rows.load_a(value[m], value_offset, warp_block - key_begin + m, k);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[m][i] = right_values[k - kSplit][m][i];
+          }
         }
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
@@ -372,13 +410,19 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       // needs them.
       constexpr bool kKeepsShare = !kHasMask;
       uint32_t own_probabilities[kBlocks][kKeyBlocks][4], own_scores[kBlocks][kKeyBlocks][4];
-      DroppedKeys<T, kHasMask, kKeyBlocks, Flash::kShareQueries, false> dropped;
+      DroppedKeys<T, kHasMask, kKeyBlocks, Flash::kShareQueries, Flash::kSplitsValue> dropped;
+      float2 deltas[2];
+      const auto read_deltas = [&](int query_block) {
+        const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
+        deltas[0] = delta[0], deltas[1] = delta[4];
+      };
+      static_assert(!Flash::kSplitsValue || kBlocks == 1);
+      if constexpr (Flash::kSplitsValue) read_deltas(first_block);  // P^T takes their place
       done.wait(parity ^ 1);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
-        const float2* const delta = reinterpret_cast<const float2*>(shared_delta + first_row);
-        const float2 deltas[2] = {delta[0], delta[4]};
+        if constexpr (!Flash::kSplitsValue) read_deltas(query_block);
         if (drops) {
           start_anew();
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
@@ -418,7 +462,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
         if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
       }
-      const float3 next_row = read_row(next);  // on its way meanwhile
+      float3 next_row;
+      if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
 
       // Of this warp's keys and columns: sum += scores * rows of block k of 16 queries
       const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const uint32_t (&a)[kKeyBlocks][4],
@@ -458,6 +503,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       multiply_others(grad_key, score_tile, query);
       if constexpr (Tile::kStages == 1) query_read.arrive_warp();
 
+      if constexpr (Flash::kSplitsValue) next_row = read_row(next);
       complete.wait(parity);
       if constexpr (kEdit == ScoreEdit::kMaskGradient) {
         if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
@@ -497,11 +543,12 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         row = read_row(here);
       }
     }
+    const typename Flash::KeyTile grad_value_tile{base + (kRight > 0 ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
     put(grad_key, key_tile, p.scale);
-    put(grad_value, value_tile, kHasMask ? dropout.rescale : 1.f);
+    put(grad_value, grad_value_tile, kHasMask ? dropout.rescale : 1.f);
     __syncthreads();
     write(key_tile, p.grad_key, p.E, first_key);
-    write(value_tile, p.grad_value, p.Ev, first_key);
+    write(grad_value_tile, p.grad_value, p.Ev, first_key);
     if (!goes_on) return;
     __syncthreads();
     fetch_keys();

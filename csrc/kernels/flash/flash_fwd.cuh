@@ -2,7 +2,8 @@
 //
 // A warp owns whole query rows: scores, softmax and output of a row never leave it. Keys and values come through a
 // two-stage ring of cp.async copies, with one barrier per key tile (without cp.async: one stage, two barriers). P goes
-// from the accumulators of Q K^T straight into the operand registers of P V. Head dims over 128: flash_fwd_wide.cuh.
+// from the accumulators of Q K^T straight into the operand registers of P V. Head dims over 128: flash_fwd_wide.cuh,
+// but on sm75 they are here, with one place for keys and values in turn.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,6 +17,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
+#include "flash_fwd_stream.cuh"
 #include "flash_fwd_wide.cuh"
 #include "score_change.h"
 #include "score_dropout.cuh"
@@ -30,13 +32,15 @@ namespace sdpa {
 // them better, and a second stage would not.
 template <class Arch, int kHeadDim, ScoreChange kChange>
 struct FlashForwardTile {
-  static constexpr int kWarps = Arch::kAsyncCopy ? 4 : 8;
+  static constexpr bool kOnePlace = !Arch::kAsyncCopy && kHeadDim > 128;  // for a tile's keys, then for its values
+  static constexpr int kWarps = Arch::kAsyncCopy || kOnePlace ? 4 : 8;
   static constexpr int kRowBlocks = Arch::kAsyncCopy ? 2 : 1;  // 16-row blocks of a warp
-  static constexpr int kKeys = kHeadDim > 128 ? 32 : 64;
+  static constexpr int kKeys = kHeadDim > 128 && !kOnePlace ? 32 : 64;
   static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
+  static constexpr bool kIsWideDropout = kChange == ScoreChange::kDropout && kHeadDim > 64;
   static constexpr int kStep =
-      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kChange == ScoreChange::kDropout && kHeadDim > 64)
+      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kIsWideDropout && (kIsBeforeSm90 || !Arch::kAsyncCopy))
           ? 32
           : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
@@ -51,15 +55,17 @@ struct FlashForwardTile {
   static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
                                       : kHeadDim <= 64                     ? 1
                                       : kChange == ScoreChange::kFloatMask ? 2
+                                      : kIsWideDropout && kStep == kKeys   ? 6
                                                                            : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
       kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
-                          (kChange == ScoreChange::kBoolMask && kIsBeforeSm90));
-  // See OnlineSoftmax. With dropout it spills at 128.
+                          ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
+  static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
+  // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions =
-      kChange != ScoreChange::kFloatMask && !(kChange == ScoreChange::kDropout && kHeadDim > 64);
+      kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask && !(kIsWideDropout && kStep < kKeys);
   static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
 };
 
@@ -72,12 +78,14 @@ struct FlashForward {
   static constexpr int kQueryTile = Tile::kWarps * kWarpRows;
   static constexpr int kKeyTile = Tile::kKeys;
   static constexpr int kStages = Tile::kStages;
-  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
-  static constexpr bool kBool = kChange == ScoreChange::kBoolMask, kFloat = kChange == ScoreChange::kFloatMask;
+  static constexpr int kSteps = kHeadDim / 16;                    // k-steps of Q K^T
+  static constexpr bool kAny = kChange == ScoreChange::kAnyMask;  // any mask or none, and dropout or none
+  static constexpr bool kBool = kChange == ScoreChange::kBoolMask, kFloat = kChange == ScoreChange::kFloatMask || kAny;
   static constexpr bool kPadding = kChange == ScoreChange::kKeyPadding;
 
-  static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : 192;  // of a row in shared memory
-  static constexpr bool kFewAddresses = kBool || kFloat || kCols == 192;
+  // Of a row in shared memory.
+  static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
+  static constexpr bool kFewAddresses = kBool || kFloat || kCols >= 192 || Tile::kFewAddresses;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
@@ -86,7 +94,7 @@ struct FlashForward {
   using MaskTile = PaddingTile<kKeyTile>;
   // Of the mask's tiles. Without cp.async there is no room for it; kBoolMask at 128 spills with it on sm80.
   static constexpr bool kHasMap = (kPadding || (kBool && kHeadDim != 128)) && Arch::kAsyncCopy;
-  static constexpr int kMapOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static constexpr int kMapOffset = QueryTile::kBytes + (Tile::kOnePlace ? 1 : 2) * kStages * KeyTile::kBytes;
   static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
   static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   const auto key_tile = [&](int stage) {
     return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
   };
-  const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
+  const auto value_tile = [&](int stage) { return key_tile(Tile::kOnePlace ? stage : Flash::kStages + stage); };
   using Stream = typename Flash::Stream;
   const HeadPlace place{base + Flash::kPlaceOffset};
   if constexpr (Flash::kHasPlace) {
@@ -153,11 +161,17 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
                  range.S, static_cast<int>(p.Ev), run);
   };
   // Of operands that a TileStream does not take.
+  const auto fetch_values = [&](int tile, int stage) {
+    if constexpr (Tile::kOnePlace) asm volatile("" : "+r"(batch), "+r"(key_head));
+    const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
+    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(value, tile * kKeyTile);
+  };
   const auto fetch = [&](int tile, int stage) {
     if constexpr (Flash::kHasPlace) batch = place.batch(), key_head = place.key_head();
-    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+    if constexpr (Tile::kOnePlace) asm volatile("" : "+r"(batch), "+r"(key_head));
+    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
     key_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(key, tile * kKeyTile);
-    value_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(value, tile * kKeyTile);
+    if constexpr (!Tile::kOnePlace) fetch_values(tile, stage);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
@@ -166,6 +180,8 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       while (tile * kKeyTile < key_end && !map.any(tile)) ++tile;
     } else if constexpr (Flash::kHasMap) {
       while (tile * kKeyTile < key_end && !map.any_key_takes_part(p, tile)) ++tile;
+    } else if constexpr (Flash::kAny) {
+      while (tile * kKeyTile < key_end && !any_key_takes_part<kKeyTile>(p, batch, head, tile * kKeyTile)) ++tile;
     }
     return tile;
   };
@@ -215,7 +231,8 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     }
   }
 
-  OnlineSoftmax<kRowBlocks, Tile::kFewInstructions> softmax(Flash::kFloat ? 1.f : scale_log2);
+  OnlineSoftmax<kRowBlocks, Tile::kFewInstructions> softmax(
+      Flash::kFloat && (!Flash::kAny || mask_scales(p.mask_kind)) ? 1.f : scale_log2);
   float output[kRowBlocks][kHeadDim / 8][4] = {};
 
   // This lane's first row and, in tile `tile`, first key.
@@ -281,7 +298,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     uint32_t dropped_of_rows[kRowBlocks];
 #pragma unroll 1
     for (int step = 0; step < kKeyTile / kStep; ++step) {
-      FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords, false> float_mask;
+      FloatMask<kRowBlocks, kStep / 8, Tile::kEarlyMaskWords, Flash::kAny> float_mask;
       if constexpr (Flash::kFloat) {
         asm volatile("" : "+r"(head), "+r"(batch));  // addresses start anew in each step
         float_mask.read_early(p, batch, head, first_row(), first_key(tile, step));
@@ -312,6 +329,11 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
           if (k == Tile::kKeysAfter) stream_keys(next, stage ^ 1, streams_next && step == 0);
           if (k == Tile::kValuesAfter) stream_values(next, stage ^ 1, streams_next && step == 0);
         }
+      }
+
+      if constexpr (Tile::kOnePlace) {
+        __syncthreads();
+        fetch_values(tile, 0);
       }
 
       // What must not be attended to is replaced, so that no NaN in it survives.
@@ -358,6 +380,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
         }
       }
 
+      if constexpr (Tile::kOnePlace) __syncthreads();
       // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
       const auto values = value_tile(stage);
       DroppedBlock<false, false, true> dropped;  // of 32 keys
@@ -429,6 +452,9 @@ cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (Arch::kAsyncCopy) {
+    if (streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+  }
   if (p.mask_kind == MaskKind::kNone) {
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
@@ -444,6 +470,13 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
              : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kFloatMask>(p, stream);
 }
 
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward_one_place(const ForwardParams& p, cudaStream_t stream) {
+  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f
+             ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
+             : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+}
+
 // Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
@@ -453,13 +486,18 @@ cudaError_t flash_forward(const ForwardParams& p, cudaStream_t stream) {
   } else if constexpr (kHeadDim > 128) {
     static_assert(kHeadDim == 256);
     const int64_t columns = std::max(p.E, p.Ev);
-    // At 160 columns the output of 32 rows just fits into one warp's registers, if nothing else is in them.
-    if (columns <= 160 && p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
-      return launch_narrow_forward<Arch, T, 160, ScoreChange::kNone>(p, stream);
+    if constexpr (!Arch::kAsyncCopy) {
+      return columns <= 192 ? flash_forward_one_place<Arch, T, 192>(p, stream)
+                            : flash_forward_one_place<Arch, T, 256>(p, stream);
+    } else {
+      // At 160 columns the output of 32 rows just fits into one warp's registers, if nothing else is in them.
+      if (columns <= 160 && p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f) {
+        return launch_narrow_forward<Arch, T, 160, ScoreChange::kNone>(p, stream);
+      }
+      return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)
+             : columns <= 192 ? flash_forward_wide<Arch, T, 192>(p, stream)
+                              : flash_forward_wide<Arch, T, 256>(p, stream);
     }
-    return columns <= 160   ? flash_forward_wide<Arch, T, 160>(p, stream)
-           : columns <= 192 ? flash_forward_wide<Arch, T, 192>(p, stream)
-                            : flash_forward_wide<Arch, T, 256>(p, stream);
   } else {
     if constexpr (kHeadDim == 128 && Arch::kAsyncCopy) {
       const int64_t columns = std::max(p.E, p.Ev);

@@ -19,6 +19,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
+#include "flash_fwd_stream.cuh"
 #include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
@@ -415,6 +416,16 @@ cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
     return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
   }
   if (p.dropout_p > 0.f) return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  if constexpr (kHeadDim > 160) {
+    // Its blocks have twice the rows of those below, and have to occupy the chip as well.
+    using Large = FlashForwardWideStream<Arch, T, kHeadDim>;
+    int multiprocessors = 0;
+    if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+    if (p.shared_bytes >= Large::kSharedBytes && streams_forward(p, kMaxPosition) &&
+        2 * ((p.L + Large::kQueryTile - 1) / Large::kQueryTile) * p.B * p.H > multiprocessors) {
+      return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+    }
+  }
   if constexpr (kHeadDim <= 160) {
     return cudaErrorInvalidValue;
   } else if constexpr (kHeadDim <= 192) {
@@ -438,10 +449,8 @@ cudaError_t flash_forward_teams(const ForwardParams& p, cudaStream_t stream) {
 template <class Arch, class T>
 cudaError_t flash_forward_widest(const ForwardParams& p, cudaStream_t stream) {
   using Large = FlashForwardWide<Arch, T, 512, ScoreChange::kAnyMask, 2, false>;
-  int device = 0, multiprocessors = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   const bool fills = (p.L + Large::kQueryTile - 1) / Large::kQueryTile * p.B * p.H >= multiprocessors;
   return fills && p.shared_bytes >= Large::kMaxSharedBytes ? flash_forward_teams<Arch, T, 2>(p, stream)
                                                            : flash_forward_teams<Arch, T, 1>(p, stream);

@@ -1,6 +1,6 @@
 // Memory-efficient attention, backward: float32 arithmetic, any head dims, any chip from sm_70 up; bitwise
 // repeatable but for the gradient of a mask that broadcasts. (float32 tensors on sm_80 and newer:
-// efficient_bwd_tf32.cuh. float16 on sm_70, up to head dim 128: efficient_bwd_volta.cuh.)
+// efficient_bwd_pair.cuh. float16 on sm_70, up to head dim 128: efficient_bwd_volta.cuh.)
 //
 // With f the dropout factor of a score (0 or rescale) and delta = rowsum(dO * O):
 //   P = exp(score - LSE)   dP = dO V^T   dS = P * (f * dP - delta)
@@ -14,7 +14,7 @@
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
-#include "efficient_bwd_tf32.cuh"
+#include "efficient_bwd_pair.cuh"
 #include "efficient_bwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
@@ -476,11 +476,11 @@ cudaError_t ffma_backward(const BackwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (efficient::kHasTf32<Arch, T>) {
-    if constexpr (kHeadDim < efficient::kNarrowestExactTf32) {
+  if constexpr (efficient::kHasPairs<Arch, T>) {
+    if constexpr (kHeadDim < efficient::kNarrowestExactPairs) {
       if (!p.allow_tf32) return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
     }
-    return efficient::tf32_backward<Arch, kHeadDim>(p, stream);
+    return efficient::pair_backward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
     return efficient::volta_backward<Arch, kHeadDim>(p, stream);
   } else {

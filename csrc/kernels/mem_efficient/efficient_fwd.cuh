@@ -1,5 +1,5 @@
 // Memory-efficient attention, forward: float32 arithmetic, any head dims, any chip from sm_70 up. (float32 tensors on
-// sm_80 and newer: efficient_fwd_tf32.cuh. float16 on sm_70, up to head dim 128: efficient_fwd_volta.cuh.)
+// sm_80 and newer: efficient_fwd_pair.cuh. float16 on sm_70, up to head dim 128: efficient_fwd_volta.cuh.)
 //
 // A block owns kRows queries of one head and kHeadDim columns of their output, and walks over the keys in tiles.
 // Scores accumulate over chunks of E that pass through shared memory. An output wider than kHeadDim is covered by
@@ -8,7 +8,7 @@
 
 #include "../arch/arch.h"
 #include "../attn/mask.h"
-#include "efficient_fwd_tf32.cuh"
+#include "efficient_fwd_pair.cuh"
 #include "efficient_fwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
@@ -169,11 +169,11 @@ cudaError_t ffma_forward(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
-  if constexpr (efficient::kHasTf32<Arch, T>) {
-    if constexpr (kHeadDim < efficient::kNarrowestExactTf32) {
+  if constexpr (efficient::kHasPairs<Arch, T>) {
+    if constexpr (kHeadDim < efficient::kNarrowestExactPairs) {
       if (!p.allow_tf32) return efficient::ffma_forward<Arch, T, kHeadDim>(p, stream);
     }
-    return efficient::tf32_forward<Arch, kHeadDim>(p, stream);
+    return efficient::pair_forward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {
     return efficient::volta_forward<Arch, kHeadDim>(p, stream);
   } else {

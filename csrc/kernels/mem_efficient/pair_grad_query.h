@@ -2,12 +2,13 @@
 // if the gradients have to be bitwise repeatable, in the order of the key tiles.
 #pragma once
 
-#include "tf32_tile.h"
+#include "../arch/reduction.h"
+#include "pair_tile.h"
 
 namespace sdpa::efficient {
 
 // The sums of one head, row after row. But where 16 rows are complete and E is a multiple of 32, each 16 x 32 tile of
-// them lies in the order in which a warp holds it, so that a warp adds to 128 bytes in a row with each instruction.
+// them lies in the order in which a warp holds it, so that a lane adds 16 bytes with each instruction.
 struct GradQuerySums {
   float* data;
   int L, E;
@@ -17,18 +18,18 @@ struct GradQuerySums {
 
   __device__ __forceinline__ bool is_tiled(int row0) const { return row0 + 16 <= L && E % 32 == 0; }
 
-  // A warp adds a tile: rows from row0, columns from col0, as multiply_result has them.
+  // A warp adds a tile: rows from row0, columns from col0, as multiply_columns has them.
   __device__ __forceinline__ void add(const float (&tile)[4][4], int row0, int col0) const {
     const int lane = threadIdx.x % 32;
     if (col0 >= E) return;
     if (is_tiled(row0)) {
-      float* const to = data + int64_t{row0} * E + col0 * 16 + lane;
+      float* const to = data + int64_t{row0} * E + col0 * 16 + lane * 4;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) atomicAdd(to + n * 32, tile[n / 4][n % 4]);
+      for (int n = 0; n < 4; ++n) reduce(to + n * 128, tile[n]);
     } else {
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
-        const int row = row0 + lane / 4 + n % 4 / 2 * 8, col = col0 + lane % 4 * 8 + n % 2 * 4 + n / 4;
+        const int row = row0 + lane / 4 + n % 4 / 2 * 8, col = col0 + lane % 4 * 8 + n / 4 * 2 + n % 2;
         if (row < L && col < E) atomicAdd(data + int64_t{row} * E + col, tile[n / 4][n % 4]);
       }
     }
@@ -37,8 +38,8 @@ struct GradQuerySums {
   __device__ __forceinline__ float at(int row, int col) const {
     const int row0 = row & ~15;
     if (!is_tiled(row0)) return data[int64_t{row} * E + col];
-    const int n = col % 4 * 4 + row % 16 / 8 * 2 + col % 8 / 4, lane = row % 8 * 4 + col % 32 / 8;
-    return data[int64_t{row0} * E + (col & ~31) * 16 + n * 32 + lane];
+    const int n = col % 8 / 2, i = row % 16 / 8 * 2 + col % 2, lane = row % 8 * 4 + col % 32 / 8;
+    return data[int64_t{row0} * E + (col & ~31) * 16 + n * 128 + lane * 4 + i];
   }
 };
 

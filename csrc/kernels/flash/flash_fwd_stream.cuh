@@ -1,0 +1,278 @@
+// Flash attention forward without mask and dropout, for operands whose rows are whole aligned chunks: flash_fwd.cuh's
+// loop, without its other ways to copy. Where rows are short a block takes one query tile after another, and the next
+// one's first copies are under way before the last scores of this one are there: what lies before and after the loop
+// is 10 to 20 % of a block with 512 keys.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../arch/arch.h"
+#include "../arch/barrier.h"
+#include "../attn/block_range.h"
+#include "../attn/launch.h"
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "flash_fwd_wide_stream.cuh"
+#include "tile.cuh"
+#include "tile_stream.cuh"
+
+namespace sdpa {
+
+constexpr int64_t kMostStreamedKeys = 1024;
+
+template <class Arch, class T, int kHeadDim>
+struct FlashForwardStream {
+  static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static constexpr int kRowBlocks = 2, kWarpRows = kRowBlocks * 16, kQueryTile = kWarps * kWarpRows;
+  static constexpr int kKeyTile = 64;
+  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
+  static constexpr bool kTurnsRound = false;
+  // After which k-step of Q K^T the next tile's copies are issued.
+  static constexpr int kKeysAfter = 0, kValuesAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : 4;
+
+  static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : 128;  // of a row in shared memory
+  using QueryTile = SharedTile<T, kQueryTile, kCols, Arch>;
+  using KeyTile = SharedTile<T, kKeyTile, kCols, Arch>;                          // of values too
+  static constexpr bool kRecomputeAddresses = kHeadDim == 128 && kIsBeforeSm90;  // it spills otherwise
+  using Stream = TileStream<KeyTile, kThreads, InOrder, kHeadDim, kRecomputeAddresses>;
+  using Range = BlockRange<kQueryTile, kKeyTile>;
+  static constexpr int kPlaceOffset = QueryTile::kBytes + 4 * KeyTile::kBytes;
+  static constexpr int kBarrierOffset = kPlaceOffset + 2 * WorkPlace::kBytes;
+  using Barrier = SharedBarrier<Arch>;
+  static constexpr int kSharedBytes = kBarrierOffset + Barrier::kBytes;
+  static_assert(kKeyTile == kWarps * 16);  // the output leaves through a tile of keys, 16 rows of a warp at once
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
+};
+
+template <class Arch, class T, int kHeadDim>
+__global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThreads,
+                                  FlashForwardStream<Arch, T, kHeadDim>::kBlocksPerSm)
+    flash_forward_stream_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
+                                const float scale_log2) {
+  using Flash = FlashForwardStream<Arch, T, kHeadDim>;
+  using Product = Mma<Arch, T>;
+  constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  // Shared memory: query | two stages of keys | two of values | what is known of this query tile and the next.
+  const uint32_t base = shared_address(shared);
+  const typename Flash::QueryTile query_tile{base};
+  const auto key_tile = [&](int stage) {
+    return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
+  };
+  const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
+  const auto place = [&](int slot) { return WorkPlace{base + Flash::kPlaceOffset + slot * WorkPlace::kBytes}; };
+  const auto find_work = [&](int slot, unsigned number) {
+    int tile, batch_head;
+    order.find(number, tile, batch_head);
+    place(slot).put(p, batch_head, static_cast<int>(order.tiles - 1 - tile) * Flash::kQueryTile);  // the longest first
+  };
+  const auto stream_keys = [&](int slot, int tile, int stage, bool run) {
+    Flash::Stream::fill(key_tile(stage), place(slot).key_row(), static_cast<int>(p.key.stride[2] * 2), tile * kKeyTile,
+                        static_cast<int>(p.S), static_cast<int>(p.E), run);
+  };
+  const auto stream_values = [&](int slot, int tile, int stage, bool run) {
+    Flash::Stream::fill(value_tile(stage), place(slot).value_row(), static_cast<int>(p.value.stride[2] * 2),
+                        tile * kKeyTile, static_cast<int>(p.S), static_cast<int>(p.Ev), run);
+  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
+  // A warp fetches its own rows, so that it need not wait for others to be done with theirs.
+  const auto stream_query = [&](int slot) {
+    fill_warp_rows<kHeadDim>(query_tile, warp * Flash::kWarpRows, Flash::kWarpRows, place(slot).query_row(),
+                             static_cast<int>(p.query.stride[2] * 2), place(slot).first_row() + warp * Flash::kWarpRows,
+                             static_cast<int>(p.L), static_cast<int>(p.E));
+  };
+  const auto lane_offset = Flash::KeyTile::lane_offset();
+  const unsigned works = static_cast<unsigned>(order.tiles * order.heads);
+
+  const typename Flash::Barrier keys_done{base + Flash::kBarrierOffset};
+  if (threadIdx.x == 0) {
+    keys_done.init(Flash::kWarps);
+    find_work(0, blockIdx.x);
+  }
+  __syncthreads();
+  stream_query(0);
+  stream_keys(0, 0, 0, true);
+  stream_values(0, 0, 0, true);
+
+  int parity = 0;
+  for (unsigned number = blockIdx.x, slot = 0; number < works; number += gridDim.x, slot ^= 1) {
+    const int turn = slot;
+    const int q0 = place(slot).first_row();
+    const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+    // Keys from here on are seen by no query of the block.
+    const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
+    const bool is_last_work = number + gridDim.x >= works;
+
+    uint32_t query_registers[Flash::kQueryInRegisters ? kSteps : 1][kRowBlocks][4];
+    OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
+    float output[kRowBlocks][kHeadDim / 8][4] = {};
+
+    for (int k0 = 0; k0 < key_end; k0 += kKeyTile, parity ^= 1) {
+      const bool is_last = k0 + kKeyTile >= key_end, has_next = !(is_last && is_last_work);
+      const int stage = parity, next_slot = is_last ? slot ^ 1 : slot, next = is_last ? 0 : k0 / kKeyTile + 1;
+      // This tile has landed, and every warp is done with the one before, whose stage is filled next.
+      wait_for_copies<Arch>();
+      __syncthreads();
+      if (k0 == 0) {
+        if (threadIdx.x == 0 && !is_last_work) find_work(slot ^ 1, number + gridDim.x);
+        if constexpr (Flash::kQueryInRegisters) {
+#pragma unroll
+          for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int m = 0; m < kRowBlocks; ++m) {
+              query_tile.load_a(query_registers[k][m], lane_offset, warp_block + m, k);
+            }
+          }
+        }
+      }
+
+      // S = Q K^T
+      float scores[kRowBlocks][kKeyTile / 8][4] = {};
+      const auto keys = key_tile(stage);
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t (&q)[kRowBlocks][4] = query_registers[Flash::kQueryInRegisters ? k : 0];
+        if constexpr (!Flash::kQueryInRegisters) {
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+        }
+#pragma unroll
+        for (int n = 0; n < kKeyTile / 16; ++n) {
+          uint32_t b[4];
+          keys.load_b_transposed(b, lane_offset, n, k);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+            Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+          }
+        }
+        // The next tile's copies are issued while the tensor cores are busy.
+        if (k == Flash::kKeysAfter) stream_keys(next_slot, next, stage ^ 1, has_next);
+        if (k == Flash::kValuesAfter) stream_values(next_slot, next, stage ^ 1, has_next);
+      }
+      if (is_last) {
+        keys_done.arrive_warp();
+        if (has_next) stream_query(slot ^ 1);
+      }
+
+      // What must not be attended to is replaced, so that no NaN in it survives.
+      if (range.is_partial(q0, k0)) {
+        const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+          for (int n = 0; n < kKeyTile / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
+              if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
+            }
+          }
+        }
+      }
+
+      softmax.see(scores, output, k0 == 0);
+
+      // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
+      const auto values = value_tile(stage);
+#pragma unroll
+      for (int k = 0; k < kKeyTile / 16; ++k) {
+        uint32_t probability[kRowBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          softmax.exponentiate(scores[m][2 * k], m);
+          softmax.exponentiate(scores[m][2 * k + 1], m);
+          to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t b[4];
+          values.load_b(b, lane_offset, k, n);
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            Product::add(output[m][2 * n], probability[m], b[0], b[1]);
+            Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+          }
+        }
+      }
+    }
+
+    // O and LSE. The output leaves through the place of the last keys, once every warp is done with them.
+    const int warp_row = q0 + warp * Flash::kWarpRows;
+    float factors[kRowBlocks][2], logsumexp, rest;
+    softmax.finish_all(factors, logsumexp, rest);
+    const int row = warp_row + lane / 2 % 2 * 16 + lane % 2 * 8 + lane / 4;
+    const int64_t i = int64_t{place(slot).batch_head()} * p.L + row;
+    if (row < p.L && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
+    if (row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
+    keys_done.wait(turn);
+    const uint64_t target = place(slot).output_row();
+    const auto staged = typename Flash::KeyTile{key_tile(parity ^ 1)};
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
+      }
+      store_rows<T, 0, kHeadDim / 8>(staged, warp, output[m], target, static_cast<int>(p.output.stride[2] * 2),
+                                     warp_row + m * 16, static_cast<int>(p.L), static_cast<int>(p.Ev));
+    }
+  }
+}
+
+// Flash is FlashForwardStream or FlashForwardWideStream, kKernel its kernel.
+template <class Flash, auto kKernel, class T>
+cudaError_t launch_forward_stream(const ForwardParams& p, cudaStream_t stream) {
+  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
+  auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
+  int64_t blocks = order.blocks();
+  if (blocks == 0) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  const int64_t at_once = multiprocessors * Flash::kBlocksPerSm;
+  if (p.S > Flash::kKeyTile && p.S <= kMostStreamedKeys && blocks > at_once) {
+    if (!p.is_causal) {
+      blocks = at_once;
+    } else if (Flash::kTurnsRound && query_tiles <= at_once) {  // a round: all query tiles of some heads
+      order.heads_at_once = std::min(order.heads, at_once / query_tiles);
+      blocks = query_tiles * order.heads_at_once;
+    }
+  }
+  kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, p.scale * kLog2E);
+  return cudaGetLastError();
+}
+
+// Whether flash_forward_stream takes the call and is the faster one, which it is up to so many keys.
+inline bool streams_forward(const ForwardParams& p, int64_t most_keys = kMostStreamedKeys) {
+  const auto is_aligned = [](const Operand& x, int64_t cols) {
+    const auto bits = reinterpret_cast<uint64_t>(x.data) |
+                      static_cast<uint64_t>((x.stride[0] | x.stride[1] | x.stride[2] | cols) * 2);
+    return bits % kChunkBytes == 0 && x.stride[3] == 1 && x.stride[2] * 2 == static_cast<int>(x.stride[2] * 2);
+  };
+  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.scale > 0.f && p.S > 0 && p.S <= most_keys &&
+         p.L / 64 * p.B * p.H < BlockOrder::kMaxGridX && is_aligned(p.query, p.E) && is_aligned(p.key, p.E) &&
+         is_aligned(p.value, p.Ev) && is_aligned(p.output, p.Ev);
+}
+
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward_stream(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (kHeadDim <= 128) {
+    return launch_forward_stream<FlashForwardStream<Arch, T, kHeadDim>, flash_forward_stream_kernel<Arch, T, kHeadDim>,
+                                 T>(p, stream);
+  } else {
+    return launch_forward_stream<FlashForwardWideStream<Arch, T, kHeadDim>,
+                                 flash_forward_wide_stream_kernel<Arch, T, kHeadDim>, T>(p, stream);
+  }
+}
+
+}  // namespace sdpa
