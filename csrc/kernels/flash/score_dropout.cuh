@@ -70,6 +70,11 @@ struct DroppedBlock {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& x = (i < 4 ? left : right)[i % 4];
+      if constexpr (kPacked && !kIsBeforeSm90) {
+        const uint32_t lowered = bits[col][0] >> 1;
+        x = lowered & (1u << (8 * byte_of(i / 2) + 6 - row - i % 2 * 2)) ? 0.f : x;
+        continue;
+      }
       x = __uint_as_float(__float_as_uint(x) & ~spread(row, col, (8 | byte_of(i / 2) | i % 2 * 4) * 0x1111));
     }
   }
