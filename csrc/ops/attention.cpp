@@ -101,7 +101,9 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   // In order, flash's kernels need no sums in memory; the others take turns at them.
   const bool in_order = problem.deterministic && variant.backend == Backend::kFlash;
   if (variant.sums_grad_query && grads.query.defined() && !in_order) {
-    accum = at::zeros({problem.B, problem.H, problem.L, problem.E}, options);
+    const bool is_flash = variant.backend == Backend::kFlash;
+    const auto sizes = {problem.B, problem.H, problem.L, problem.E};
+    accum = is_flash ? at::empty(sizes, options) : at::zeros(sizes, options);
     params.grad_query_accum = accum.data_ptr<float>();
     if (problem.deterministic) {
       turns = at::zeros({problem.B, problem.H, (problem.L + 15) / 16, (problem.E + 31) / 32}, options.dtype(at::kInt));

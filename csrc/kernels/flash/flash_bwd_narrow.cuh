@@ -25,7 +25,7 @@ namespace sdpa {
 // kSharedMask_: the mask is one that SharedMask takes.
 template <class Arch, int kHeadDim, ScoreEdit kEdit, bool kSharedMask_ = false>
 struct NarrowTile {
-  static constexpr bool kSharedMask = kSharedMask_;
+  static constexpr bool kSharedMask = kSharedMask_, kWalks = false;
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = 64;
@@ -44,7 +44,7 @@ struct NarrowTile {
 // hide: more warps do.
 template <int kHeadDim, ScoreEdit kEdit>
 struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
-  static constexpr bool kSharedMask = false;
+  static constexpr bool kSharedMask = false, kWalks = false;
   static constexpr int kWarps = 8, kKeyBlocks = 1;
   static constexpr int kQueries = kHeadDim <= 32 ? 128 : 64;
   static constexpr int kStep = kEdit == ScoreEdit::kNone ? 32 : 16;
@@ -57,7 +57,7 @@ struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct NarrowBackward {
-  static constexpr bool kHasMask = has_mask(kEdit);
+  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks;
   static constexpr int kWarps = Tile::kWarps, kThreads = kWarps * 32;
   static constexpr int kKeyBlocks = Tile::kKeyBlocks;
   static constexpr int kKeyTile = kWarps * kKeyBlocks * 16;
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
+  let_successor_start();
   int tile_number, batch_key_head;
   if (!order.locate(tile_number, batch_key_head)) return;
   int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
@@ -109,7 +110,6 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   if constexpr (kHasMask) batch_key_head = side_by_side(p, batch_key_head, key_heads);
   int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  const int first_tile = range.first_query_tile(k0), query_tiles = range.query_tiles();
 
   // Shared memory: key | value, unless in registers | query stages | dO stages | dS^T | mask, if so | LSE | delta |
   // rest of LSE | where in the mask's gradient the tile of scores begins.
@@ -133,44 +133,70 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const auto lane_offset = Flash::KeyTile::lane_offset();
   // Some variants have no registers for addresses that would stay valid over the loop: from here on they are computed
   // from their origins again.
-  constexpr bool kStartsAnew = kHasMask || (kEdit == ScoreEdit::kNone && kHeadDim == 64 && kIsBeforeSm90);
+  constexpr bool kStartsAnew =
+      kHasMask || (kEdit == ScoreEdit::kNone && (kIsBeforeSm90 ? kHeadDim == 64 : kHeadDim == 128));
   const auto start_anew = [&] {
     if constexpr (kStartsAnew) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
   };
 
-  // Item i of the loop is query tile `first_tile + i % tiles` of query head `i / tiles` of the group. For the mask's
-  // gradient each batch starts at another tile, so that those which share it do not add to the same place at once.
-  const int tiles = query_tiles - first_tile, start = kEdit == ScoreEdit::kMaskGradient ? batch : 0;
-  int items = tiles * group;
+  // The loop goes over the query tiles of the group's query heads, one head after the other. For the mask's gradient
+  // each batch starts at another tile, so that those which share it do not add to the same place at once. Places are
+  // counted on, since divisions would stand before all else in a tile.
+  struct Place {
+    int head, q0;
+  };
+  const int length = static_cast<int>(p.L);
+  const auto first_query = [&] { return range.first_query_tile(k0) * kQueryTile; };
+  const auto start_of = [&](int head) -> Place {
+    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+      const int tiles = range.query_tiles() - range.first_query_tile(k0);
+      return {head, first_query() + (tiles > 0 ? batch % tiles : 0) * kQueryTile};
+    }
+    return {head, first_query()};
+  };
+  const auto exists = [&](const Place& x) { return x.head < (key_head + 1) * group; };
+  Place here = start_of(key_head * group);
+  const int turn = here.q0;  // of the mask's gradient
+  const auto after = [&](Place x) {
+    x.q0 += kQueryTile;
+    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+      if (x.q0 >= length) x.q0 = first_query();
+      if (x.q0 == turn) ++x.head;
+    } else if (x.q0 >= length) {
+      x = start_of(x.head + 1);
+    }
+    return x;
+  };
+  bool has_work = first_query() < length;
   if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
     const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
-    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, key_head * group, k0)) items = 0;
+    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
-  const auto head_of = [&](int item) { return key_head * group + item / tiles; };
-  const auto row_of = [&](int item) { return (first_tile + (item + start) % tiles) * kQueryTile; };
-  const auto fetch_query = [&](int item) {
-    const HeadRows<const T> query(p.query, batch, head_of(item), p.L, p.E);
-    query_tile(item % Flash::kStages).template fill<kThreads>(query, row_of(item));
+  if (!has_work) here.head += group;
+  int parity = 0;  // of the place's number
+  const auto fetch_query = [&](const Place& x, int stage) {
+    const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Flash::kStages), query, x.q0);
   };
-  const auto fetch_grad = [&](int item) {
-    const HeadRows<const T> grad(p.grad_output, batch, head_of(item), p.L, p.Ev);
-    grad_tile(item % Flash::kGradStages).template fill<kThreads>(grad, row_of(item));
+  const auto fetch_grad = [&](const Place& x, int stage) {
+    const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Flash::kGradStages), grad, x.q0);
   };
-  const auto fetch_mask = [&](int item) {
-    if constexpr (Tile::kSharedMask) mask_tile.template fill<kThreads>(p, batch, head_of(item), row_of(item), k0);
+  const auto fetch_mask = [&](const Place& x) {
+    if constexpr (Tile::kSharedMask) mask_tile.template fill<kThreads>(p, batch, x.head, x.q0, k0);
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
-  const auto read_row = [&](int item) -> float3 {
-    const int row = row_of(item) + static_cast<int>(threadIdx.x);
-    if (item >= items || threadIdx.x >= kQueryTile || row >= p.L) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
-    const int64_t i = int64_t{batch * heads + head_of(item)} * p.L + row;
+  const auto read_row = [&](const Place& x) -> float3 {
+    const int row = x.q0 + static_cast<int>(threadIdx.x);
+    if (!exists(x) || threadIdx.x >= kQueryTile || row >= length) return {kHasMask ? -INFINITY : 0.f, 0.f, 0.f};
+    const int64_t i = int64_t{batch * heads + x.head} * p.L + row;
     return {p.logsumexp[i], p.delta[i], kHasMask && p.logsumexp_rest != nullptr ? p.logsumexp_rest[i] : 0.f};
   };
-  const auto publish_row = [&](const float3& row, int item) {
+  const auto publish_row = [&](const float3& row, const Place& x) {
     if (kEdit == ScoreEdit::kMaskGradient && threadIdx.x == 0) {
       const int64_t* const stride = p.grad_mask_stride;
-      *shared_place = p.grad_mask + batch * stride[0] + head_of(item) * stride[1] + row_of(item) * stride[2] + k0;
+      *shared_place = p.grad_mask + batch * stride[0] + x.head * stride[1] + x.q0 * stride[2] + k0;
     }
     if (threadIdx.x >= kQueryTile) return;
     // +inf makes every probability of a row with nothing to attend to 0.
@@ -194,266 +220,307 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   }
   key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
 
+  static_assert(!Tile::kWalks || !Tile::kValueInRegisters);
   constexpr bool kMaskGradient = kEdit == ScoreEdit::kMaskGradient;
   float grad_key[kKeyBlocks][kHeadDim / 8][4] = {}, grad_value[kKeyBlocks][kHeadDim / 8][4] = {};
 
-  if (items > 0) {
-    fetch_query(0);
-    fetch_grad(0);
-    fetch_mask(0);
-    publish_row(read_row(0), 0);
+  if (exists(here)) {
+    fetch_query(here, 0);
+    fetch_grad(here, 0);
+    fetch_mask(here);
   }
+  wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
+  if (exists(here)) publish_row(read_row(here), here);
 #pragma unroll 1
-  for (int item = 0; item < items; ++item) {
-    start_anew();
-    // This query tile has landed; every warp is done with the one before, its stage and its dS.
-    wait_for_copies<Arch>();
-    __syncthreads();
-    if (item + 1 < items) {
-      if constexpr (Flash::kStages > 1) fetch_query(item + 1);
-      if constexpr (Flash::kGradStages > 1) fetch_grad(item + 1);
-    }
-
-    const int q0 = row_of(item);
-    const auto query = query_tile(item % Flash::kStages), grad = grad_tile(item % Flash::kGradStages);
-
-    const bool mask_from_registers =
-        kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p) && q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
-    const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
-    int steps = kQueryTile / kStep;
-    constexpr bool kRollsDropout = kHeadDim > 64 || (kHeadDim == 32 && kIsBeforeSm90);
-    if constexpr (kHasMask || (kDrops && kRollsDropout) || !Arch::kAsyncCopy)
-      asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
-#pragma unroll
-    for (int step = 0; step < steps; ++step) {
-      TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
-      if constexpr (kHasMask && !Tile::kSharedMask) {
-        mask.read_early(p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
-                        k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+  while (true) {
+#pragma unroll 1
+    for (; exists(here); here = after(here), parity ^= 1) {
+      start_anew();
+      // This query tile has landed; every warp is done with the one before, its stage and its dS.
+      wait_for_copies<Arch>();
+      __syncthreads();
+      if (const Place next = after(here); exists(next)) {
+        if constexpr (Flash::kStages > 1) fetch_query(next, parity + 1);
+        if constexpr (Flash::kGradStages > 1) fetch_grad(next, parity + 1);
       }
 
-      DroppedKeys<T, kHasMask, kKeyBlocks, kStep, Tile::kPacksDropped> dropped;
-      const auto draw_dropped = [&](int k) {
-        asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
-        const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + head_of(item);
-        dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
-      };
-      if constexpr (kDrops && Tile::kDrawsEarly) draw_dropped(0);
+      const int q0 = here.q0;
+      const auto query = query_tile(parity % Flash::kStages), grad = grad_tile(parity % Flash::kGradStages);
 
-      // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
-      float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        uint32_t key[kKeyBlocks][4];
-        uint32_t (&value)[kKeyBlocks][4] = value_registers[Tile::kValueInRegisters ? k : 0];
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          key_tile.load_a(key[m], lane_offset, warp_block + m, k);
-          if constexpr (!Tile::kValueInRegisters) value_tile.load_a(value[m], lane_offset, warp_block + m, k);
+      const bool mask_from_registers = kMaskGradient && MaskGradientRuns<kKeyBlocks>::fit(p) &&
+                                       q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
+      const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
+      int steps = kQueryTile / kStep;
+      constexpr bool kRollsDropout = kHeadDim > 64 || (kHeadDim == 32 && kIsBeforeSm90);
+      constexpr bool kRolls =
+          kHasMask || (kDrops && kRollsDropout) || !Arch::kAsyncCopy || (Tile::kWalks && kIsBeforeSm90);
+      if constexpr (kRolls) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
+      constexpr int kUnroll = kRolls ? 1 : kQueryTile / kStep;
+#pragma unroll kUnroll
+      for (int step = 0; step < steps; ++step) {
+        TransposedMask<kKeyBlocks, kStep / 8, Tile::kEarlyMaskWords> mask;
+        if constexpr (kHasMask && !Tile::kSharedMask) {
+          mask.read_early(p, batch, here.head, q0 + step * kStep + lane % 4 * 2,
+                          k0 + KeyOrder::key(warp_block * 16 + lane / 4));
         }
+
+        DroppedKeys<T, kHasMask, kKeyBlocks, kStep, Tile::kPacksDropped> dropped;
+        const auto draw_dropped = [&](int k) {
+          asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
+          dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
+        };
+        if constexpr (kDrops && Tile::kDrawsEarly) draw_dropped(0);
+
+        // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
+        float scores[kKeyBlocks][kStep / 8][4] = {}, grad_scores[kKeyBlocks][kStep / 8][4] = {};
 #pragma unroll
-        for (int n = 0; n < kStep / 16; ++n) {
-          uint32_t b[4], c[4];
-          query.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
-          grad.load_b_transposed(c, lane_offset, step * (kStep / 16) + n, k);
+        for (int k = 0; k < kSteps; ++k) {
+          uint32_t key[kKeyBlocks][4];
+          uint32_t (&value)[kKeyBlocks][4] = value_registers[Tile::kValueInRegisters ? k : 0];
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(scores[m][2 * n], key[m], b[0], b[1]);
-            Product::add(scores[m][2 * n + 1], key[m], b[2], b[3]);
-            Product::add(grad_scores[m][2 * n], value[m], c[0], c[1]);
-            Product::add(grad_scores[m][2 * n + 1], value[m], c[2], c[3]);
+            key_tile.load_a(key[m], lane_offset, warp_block + m, k);
+            if constexpr (!Tile::kValueInRegisters) value_tile.load_a(value[m], lane_offset, warp_block + m, k);
           }
-        }
-      }
-
-      // log2 of P^T, -inf where a query must not attend
-      if constexpr (Tile::kSharedMask) {
-        const int row = step * kStep + lane % 4 * 2;
-        transposed_log2_probability<true>(
-            scores, p.mask_kind, scale_log2, shared_lse + row, shared_rest + row,
-            [&](auto& run) { mask_tile.read(run, row, KeyOrder::key(warp_block * 16 + lane / 4)); });
-      } else if constexpr (kHasMask) {
-        start_anew();
-        mask.log2_probability(scores, p, batch, head_of(item), q0 + step * kStep + lane % 4 * 2,
-                              k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2,
-                              shared_lse + step * kStep + lane % 4 * 2, shared_rest + step * kStep + lane % 4 * 2);
-      } else {
 #pragma unroll
-        for (int n = 0; n < kStep / 8; ++n) {
-          const float2 lse = *reinterpret_cast<const float2*>(shared_lse + step * kStep + n * 8 + lane % 4 * 2);
+          for (int n = 0; n < kStep / 16; ++n) {
+            uint32_t b[4], c[4];
+            query.load_b_transposed(b, lane_offset, step * (kStep / 16) + n, k);
+            grad.load_b_transposed(c, lane_offset, step * (kStep / 16) + n, k);
 #pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -lse.x : -lse.y);
+            for (int m = 0; m < kKeyBlocks; ++m) {
+              Product::add(scores[m][2 * n], key[m], b[0], b[1]);
+              Product::add(scores[m][2 * n + 1], key[m], b[2], b[3]);
+              Product::add(grad_scores[m][2 * n], value[m], c[0], c[1]);
+              Product::add(grad_scores[m][2 * n + 1], value[m], c[2], c[3]);
             }
           }
         }
-      }
 
-      if (range.is_partial(q0, k0)) {
-        const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
+        // log2 of P^T, -inf where a query must not attend
+        if constexpr (Tile::kSharedMask) {
+          const int row = step * kStep + lane % 4 * 2;
+          transposed_log2_probability<true>(
+              scores, p.mask_kind, scale_log2, shared_lse + row, shared_rest + row,
+              [&](auto& run) { mask_tile.read(run, row, KeyOrder::key(warp_block * 16 + lane / 4)); });
+        } else if constexpr (kHasMask) {
+          start_anew();
+          mask.log2_probability(scores, p, batch, here.head, q0 + step * kStep + lane % 4 * 2,
+                                k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2,
+                                shared_lse + step * kStep + lane % 4 * 2, shared_rest + step * kStep + lane % 4 * 2);
+        } else {
 #pragma unroll
           for (int n = 0; n < kStep / 8; ++n) {
+            const float2 lse = *reinterpret_cast<const float2*>(shared_lse + step * kStep + n * 8 + lane % 4 * 2);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
-              const int row = step * kStep + n * 8 + lane % 4 * 2 + i % 2;
-              if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
+            for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                scores[m][n][i] = fmaf(scores[m][n][i], scale_log2, i % 2 == 0 ? -lse.x : -lse.y);
+              }
+            }
+          }
+        }
+
+        if (range.is_partial(q0, k0)) {
+          const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i / 2 * 8);
+                const int row = step * kStep + n * 8 + lane % 4 * 2 + i % 2;
+                if (!limit.sees(row, key)) scores[m][n][i] = -INFINITY;
+              }
+            }
+          }
+        }
+
+        // 16 queries at a time: dV += P^T dO, dS^T = P^T * (dP^T - delta), dK += dS^T Q
+#pragma unroll
+        for (int k = 0; k < kStep / 16; ++k) {
+          const int query_block = step * (kStep / 16) + k;
+          uint32_t a[kKeyBlocks][4];
+          float2 deltas[2];
+          const auto read_deltas = [&] {
+            const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
+            deltas[0] = delta[0], deltas[1] = delta[4];
+          };
+          if constexpr (kDrops) read_deltas();
+          if (drops && !(kDrops && Tile::kDrawsEarly)) draw_dropped(k);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+            float (&left)[4] = scores[m][2 * k], (&right)[4] = scores[m][2 * k + 1];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
+            float (&grad_left)[4] = grad_scores[m][2 * k], (&grad_right)[4] = grad_scores[m][2 * k + 1];
+            if constexpr (kDrops) {
+              dropped.gradient(a[m], left, right, grad_left, grad_right, deltas, m, k);
+            } else if (drops) {
+              dropped.drop(a[m], left, right, grad_left, grad_right, dropout.rescale, m);
+            } else {
+              to_operand<T>(a[m], left, right);
+            }
+          }
+
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 16; ++n) {
+            uint32_t b[4];
+            grad.load_b(b, lane_offset, query_block, n);
+#pragma unroll
+            for (int m = 0; m < kKeyBlocks; ++m) {
+              Product::add(grad_value[m][2 * n], a[m], b[0], b[1]);
+              Product::add(grad_value[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+          }
+          if constexpr (!kDrops) read_deltas();
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 8 && !kDrops; ++i) {
+              const float2& row = deltas[i / 4];
+              scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
+            }
+            to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
+            score_tile.put_a(a[m], warp_block + m, query_block);
+          }
+          if constexpr (kMaskGradient) {
+            if (mask_from_registers) {
+              const int row = query_block * 16 + lane % 4 * 2, key = KeyOrder::key(warp_block * 16 + lane / 4);
+              const int64_t stride = p.grad_mask_stride[2];
+              MaskGradientRuns<kKeyBlocks>::add(scores, 2 * k, *shared_place + row * stride + key, stride, kQueryTile);
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < kHeadDim / 16; ++n) {
+            uint32_t b[4];
+            query.load_b(b, lane_offset, query_block, n);
+#pragma unroll
+            for (int m = 0; m < kKeyBlocks; ++m) {
+              Product::add(grad_key[m][2 * n], a[m], b[0], b[1]);
+              Product::add(grad_key[m][2 * n + 1], a[m], b[2], b[3]);
             }
           }
         }
       }
 
-      // 16 queries at a time: dV += P^T dO, dS^T = P^T * (dP^T - delta), dK += dS^T Q
+      __syncthreads();  // dS is complete; query, dO, LSE and delta are free
+      start_anew();
+      const Place next = after(here);
+      if (exists(next)) {
+        if constexpr (Flash::kStages == 1) fetch_query(next, 0);
+        if constexpr (Flash::kGradStages == 1) fetch_grad(next, 0);
+        fetch_mask(next);
+      }
+      const float3 next_row = read_row(next);  // on its way while dQ is computed
+
+      if constexpr (kMaskGradient) {
+        if (!mask_from_registers) {
+          add_mask_gradient<T, Flash::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
+        }
+      }
+
+      // dQ = dS K
+      if (p.grad_query.data != nullptr) {
+        constexpr int kBlocks = Flash::kGradQueryBlocks;
+        const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
+        const auto score_lane_offset = Flash::ScoreTile::lane_offset();
+        float grad_query[2][2 * kBlocks][4] = {};
+        const GradQuerySums sums(p, batch * heads + here.head);
+        using Step = GradQuerySums::Step;
+        // Of a walk: whether this is the first and the last key tile that these queries see.
+        const bool is_first = k0 == 0, is_last = !range.matters(q0, k0 + kKeyTile);
+        const int row0 = q0 + query_group * 32, tile0 = col_group * 2 * kBlocks;
+        if (Tile::kWalks && is_last && !is_first) sums.template take_rows<Step::kGet, true>(grad_query, row0, tile0);
 #pragma unroll
-      for (int k = 0; k < kStep / 16; ++k) {
-        const int query_block = step * (kStep / 16) + k;
-        uint32_t a[kKeyBlocks][4];
-        float2 deltas[2];
-        const auto read_deltas = [&] {
-          const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
-          deltas[0] = delta[0], deltas[1] = delta[4];
-        };
-        if constexpr (kDrops) read_deltas();
-        if (drops && !(kDrops && Tile::kDrawsEarly)) draw_dropped(k);
+        for (int k = 0; k < kKeyTile / 16; ++k) {
+          uint32_t a[2][4];
+#pragma unroll
+          for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
+#pragma unroll
+          for (int n = 0; n < kBlocks; ++n) {
+            uint32_t b[4];
+            key_tile.load_b(b, lane_offset, k, col_group * kBlocks + n);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
+              Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+          }
+        }
+        if (Tile::kWalks && is_last) {
+          const HeadRows<T> target(p.grad_query, batch, here.head, p.L, p.E);
+          write_query_gradient(grad_query, target, row0, tile0, p.scale);
+        } else if (Tile::kWalks && is_first) {
+          sums.template take_rows<Step::kPut, true>(grad_query, row0, tile0);
+        } else {
+          sums.template take_rows<Step::kAdd, Tile::kWalks>(grad_query, row0, tile0);
+        }
+      }
+      publish_row(next_row, after(here));
+    }
+
+    // dK and dV leave through the key tile, where each warp has its rows.
+    wait_for_copies<Arch>();
+    __syncthreads();
+    // What the next key tile needs is computed from its origins: the loop above has no registers to keep it.
+    if constexpr (Tile::kWalks) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    const int warp_row = k0 + warp_block * 16;
+    bool goes_on = false;
+    float3 row{};
+    if constexpr (Tile::kWalks) {
+      k0 += kKeyTile;
+      goes_on = k0 < p.S;
+      here = start_of(goes_on && first_query() < length ? key_head * group : (key_head + 1) * group);
+      if (exists(here)) {
+        fetch_query(here, parity);
+        fetch_grad(here, parity);
+        row = read_row(here);
+      }
+    }
+    if (p.grad_value.data != nullptr) {
+      if constexpr (kHasMask) {
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
-          float (&left)[4] = scores[m][2 * k], (&right)[4] = scores[m][2 * k + 1];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
-          float (&grad_left)[4] = grad_scores[m][2 * k], (&grad_right)[4] = grad_scores[m][2 * k + 1];
-          if constexpr (kDrops) {
-            dropped.gradient(a[m], left, right, grad_left, grad_right, deltas, m, k);
-          } else if (drops) {
-            dropped.drop(a[m], left, right, grad_left, grad_right, dropout.rescale, m);
-          } else {
-            to_operand<T>(a[m], left, right);
-          }
-        }
-
+          for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          grad.load_b(b, lane_offset, query_block, n);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(grad_value[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_value[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-        if constexpr (!kDrops) read_deltas();
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8 && !kDrops; ++i) {
-            const float2& row = deltas[i / 4];
-            scores[m][2 * k + i / 4][i % 4] *= grad_scores[m][2 * k + i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
-          }
-          to_operand<T>(a[m], scores[m][2 * k], scores[m][2 * k + 1]);
-          score_tile.put_a(a[m], warp_block + m, query_block);
-        }
-        if constexpr (kMaskGradient) {
-          if (mask_from_registers) {
-            const int row = query_block * 16 + lane % 4 * 2, key = KeyOrder::key(warp_block * 16 + lane / 4);
-            const int64_t stride = p.grad_mask_stride[2];
-            MaskGradientRuns<kKeyBlocks>::add(scores, 2 * k, *shared_place + row * stride + key, stride, kQueryTile);
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          query.load_b(b, lane_offset, query_block, n);
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) {
-            Product::add(grad_key[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_key[m][2 * n + 1], a[m], b[2], b[3]);
+            for (int i = 0; i < 4; ++i) grad_value[m][n][i] *= dropout.rescale;  // 1 without dropout
           }
         }
       }
-    }
 
-    __syncthreads();  // dS is complete; query, dO, LSE and delta are free
-    start_anew();
-    if (item + 1 < items) {
-      if constexpr (Flash::kStages == 1) fetch_query(item + 1);
-      if constexpr (Flash::kGradStages == 1) fetch_grad(item + 1);
-      fetch_mask(item + 1);
+      const HeadRows<T> target(p.grad_value, batch, key_head, p.S, p.Ev);
+      key_tile.template store<kKeyBlocks, KeyOrder>(grad_value, warp_block, target, warp_row);
     }
-    const float3 next_row = read_row(item + 1);  // on its way while dQ is computed
-
-    if constexpr (kMaskGradient) {
-      if (!mask_from_registers) {
-        add_mask_gradient<T, Flash::kWarps, KeyOrder>(score_tile, p, batch, head_of(item), q0, k0);
-      }
-    }
-
-    // dQ = dS K
-    if (p.grad_query.data != nullptr) {
-      constexpr int kBlocks = Flash::kGradQueryBlocks;
-      const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
-      const auto score_lane_offset = Flash::ScoreTile::lane_offset();
-      float grad_query[2][2 * kBlocks][4] = {};
-#pragma unroll
-      for (int k = 0; k < kKeyTile / 16; ++k) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * 2 + m);
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-          uint32_t b[4];
-          key_tile.load_b(b, lane_offset, k, col_group * kBlocks + n);
-#pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
-      const GradQuerySums sums(p, batch * heads + head_of(item));
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2 * kBlocks; ++n) {
-          sums.add(grad_query[m][n], q0 + query_group * 32 + m * 16, col_group * 2 * kBlocks + n);
-        }
-      }
-    }
-    publish_row(next_row, item + 1);
-  }
-
-  // dK and dV leave through the key tile, where each warp has its rows.
-  wait_for_copies<Arch>();
-  __syncthreads();
-  const int warp_row = k0 + warp_block * 16;
-  if (p.grad_value.data != nullptr) {
-    if constexpr (kHasMask) {
+    if (p.grad_key.data != nullptr) {
 #pragma unroll
       for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) grad_value[m][n][i] *= dropout.rescale;  // 1 without dropout
+          for (int i = 0; i < 4; ++i) grad_key[m][n][i] *= p.scale;
         }
       }
+      const HeadRows<T> target(p.grad_key, batch, key_head, p.S, p.E);
+      key_tile.template store<kKeyBlocks, KeyOrder>(grad_key, warp_block, target, warp_row);
     }
-
-    const HeadRows<T> target(p.grad_value, batch, key_head, p.S, p.Ev);
-    key_tile.template store<kKeyBlocks, KeyOrder>(grad_value, warp_block, target, warp_row);
-  }
-  if (p.grad_key.data != nullptr) {
+    if (!goes_on) return;
+    __syncthreads();
+    fetch_rows<Arch, kThreads, Tile::kWalks>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+    publish_row(row, here);
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) grad_key[m][n][i] *= p.scale;
+        for (int i = 0; i < 4; ++i) grad_key[m][n][i] = grad_value[m][n][i] = 0.f;
       }
     }
-    const HeadRows<T> target(p.grad_key, batch, key_head, p.S, p.E);
-    key_tile.template store<kKeyBlocks, KeyOrder>(grad_key, warp_block, target, warp_row);
   }
 }
 

@@ -4,7 +4,10 @@
 
 #include <cuda_runtime.h>
 
+#include "../arch/barrier.h"
+#include "../arch/reduction.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "tile.cuh"
 
@@ -13,8 +16,39 @@ namespace sdpa {
 // The variants of the main kernel: what becomes of scores besides causality. Those with a mask take dropout, too;
 // kMaskGradient also makes the mask's gradient.
 enum class ScoreEdit { kNone, kDropout, kMask, kMaskGradient };
+// A tile of a kernel whose blocks walk over all key tiles of a head (see flash_bwd.cuh).
+template <class Tile>
+struct Walking : Tile {
+  static constexpr bool kWalks = true;
+};
+
 constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
+}
+
+// Copies rows [row0, row0 + kRows) to the tile in order; what lies outside the source becomes zero. As
+// SharedTile::fill, but shorter for a source whose rows are whole chunks, as nearly all are: the loop has to do it for
+// every tile. kIsPlain: it is such a source.
+template <class Arch, int kThreads, bool kIsPlain = false, class Tile, class U>
+__device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0) {
+  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
+  if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0) {
+    if (kIsPlain || (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0)) {
+      const int first = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
+      const uint32_t to = tile.base + Tile::offset(first, chunk);
+      const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
+      const int rows = chunk * kChunkElements < source.cols ? source.rows - row0 - first : 0;
+      const int64_t step = kRowStep * source.row_stride;
+#pragma unroll
+      for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
+        cp_async_or_zero(to + row * Tile::kRowBytes, from, row < rows);
+      }
+      return;
+    }
+  }
+  static_assert(!kIsPlain || (Arch::kAsyncCopy && kRowStep % 8 == 0));
+  tile.template fill<kThreads, InOrder, !Arch::kAsyncCopy>(source, row0);
+  fence_block();  // what went through registers comes before an arrival
 }
 
 // The rows of (B, H, L) in order, kHeadDim / 8 lanes for each, 8 columns a lane.
@@ -26,10 +60,12 @@ struct RowSweep {
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
-    flash_delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
+    flash_delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
+                       const bool clears) {
   using Sweep = RowSweep<kHeadDim>;
+  let_successor_start();
   int tile, batch_head;
-  if (!order.locate(tile, batch_head)) return;
+  if (!order.locate_quickly(tile, batch_head)) return;
   const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
   const HeadRows<const T> output(p.output, batch, head, p.L, p.Ev), grad(p.grad_output, batch, head, p.L, p.Ev);
   const int row = tile * Sweep::kRows + static_cast<int>(threadIdx.x / Sweep::kLanes);
@@ -48,29 +84,19 @@ __global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
   for (int distance = Sweep::kLanes / 2; distance > 0; distance /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   }
-  if (row < p.L && col == 0) p.delta[int64_t{batch_head} * p.L + row] = sum;
+  if (row >= p.L) return;
+  const int64_t to = int64_t{batch_head} * p.L + row;
+  if (col == 0) p.delta[to] = sum;
+  if (!clears) return;
+  const int present = static_cast<int>(p.E) - col;
+  float* const sums = p.grad_query_accum + to * p.E + col;
+  if (p.E % 4 == 0) {
+    if (present > 0) *reinterpret_cast<float4*>(sums) = {0.f, 0.f, 0.f, 0.f};
+    if (present > 4) *reinterpret_cast<float4*>(sums + 4) = {0.f, 0.f, 0.f, 0.f};
+  } else {
+    for (int i = 0; i < min(present, kChunkElements); ++i) sums[i] = 0.f;
+  }
 }
-
-// Adds two or four floats to a place aligned to as many, where the chip can in one reduction. Both ways do the same;
-// this is not a code path, so it need not be a template parameter.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kVectorReductions = true;
-__device__ __forceinline__ void reduce(float* to, const float (&x)[2]) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x[0]), "f"(x[1]) : "memory");
-}
-__device__ __forceinline__ void reduce(float* to, const float (&x)[4]) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-               "f"(x[3])
-               : "memory");
-}
-#else
-constexpr bool kVectorReductions = false;
-template <int kCount>
-__device__ __forceinline__ void reduce(float* to, const float (&x)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) atomicAdd(to + i, x[i]);
-}
-#endif
 
 // The mask's gradient straight from the accumulators of dS^T, for a gradient whose rows lie as most do, on chips where
 // the reductions of a lane's neighbouring keys (RowRuns<kKeyBlocks>) are one. Elsewhere: add_mask_gradient.
@@ -122,76 +148,137 @@ struct GradQuerySums {
 
   __device__ __forceinline__ bool is_tiled(int row0) const { return row0 + 16 <= L && E % 8 == 0; }
 
-  static __device__ __forceinline__ void add_tile(float* to, const float (&values)[4]) {
+  // What a block does with sums. One that alone has those of a head may put and get as well: each thread comes back to
+  // its own, so nobody has to wait for anybody.
+  enum class Step { kAdd, kPut, kGet };
+
+  template <Step kStep>
+  static __device__ __forceinline__ void take(float* at, float& value) {
+    if constexpr (kStep == Step::kAdd) atomicAdd(at, value);
+    if constexpr (kStep == Step::kPut) *at = value;
+    if constexpr (kStep == Step::kGet) value = __ldcg(at);  // reductions pass L1 by
+  }
+  template <Step kStep, class Values>
+  static __device__ __forceinline__ void take_tile(float* at, Values& values) {
     const int lane = threadIdx.x % 32;
-    if constexpr (kVectorReductions) {
-      reduce(to + lane * 4, values);
+    if constexpr (kVectorReductions && kStep == Step::kAdd) {
+      reduce(at + lane * 4, values);
+    } else if constexpr (kVectorReductions) {
+      float4& place = reinterpret_cast<float4*>(at)[lane];
+      if constexpr (kStep == Step::kPut) {
+        place = {values[0], values[1], values[2], values[3]};
+      } else {
+        const float4 x = __ldcg(&place);
+        values[0] = x.x, values[1] = x.y, values[2] = x.z, values[3] = x.w;
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) atomicAdd(to + i * 32 + lane, values[i]);
+      for (int i = 0; i < 4; ++i) take<kStep>(at + i * 32 + lane, values[i]);
     }
   }
 
-  // A warp adds the accumulators of a 16 x 8 tile: rows from row0, columns from 8 * tile.
-  __device__ __forceinline__ void add(const float (&values)[4], int row0, int tile) const {
+  // A warp's accumulators of a 16 x 8 tile: rows from row0, columns from 8 * tile.
+  // kIsTiled: all rows that exist are tiled.
+  template <Step kStep = Step::kAdd, bool kIsTiled = false>
+  __device__ __forceinline__ void take_one(float (&values)[4], int row0, int tile) const {
     const int lane = threadIdx.x % 32;
-    if (is_tiled(row0)) {
+    if (kIsTiled && row0 >= L) return;
+    if (kIsTiled || is_tiled(row0)) {
       if (tile * 8 >= E) return;
-      add_tile(data + int64_t{row0} * E + tile * 128, values);
+      take_tile<kStep>(data + int64_t{row0} * E + tile * 128, values);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row0 + lane / 4 + i / 2 * 8;
         const int col = tile * 8 + lane % 4 * 2 + i % 2;
-        if (row < L && col < E) atomicAdd(data + int64_t{row} * E + col, values[i]);
+        if (row < L && col < E) take<kStep>(data + int64_t{row} * E + col, values[i]);
       }
     }
   }
 
   // The same for kRows times 16 rows and some tiles side by side. All of them are there as a rule, and then one branch
   // is enough; one for each would cost more than the reductions themselves.
-  template <int kRows, int kTiles>
-  __device__ __forceinline__ void add_rows(const float (&values)[kRows][kTiles][4], int row0, int tile) const {
-    if (is_tiled(row0 + (kRows - 1) * 16) && (tile + kTiles) * 8 <= E) {
-      float* const to = data + int64_t{row0} * E + tile * 128;
+  template <Step kStep = Step::kAdd, bool kIsTiled = false, int kRows, int kTiles>
+  __device__ __forceinline__ void take_rows(float (&values)[kRows][kTiles][4], int row0, int tile) const {
+    if ((kIsTiled ? row0 + kRows * 16 <= L : is_tiled(row0 + (kRows - 1) * 16)) && (tile + kTiles) * 8 <= E) {
+      float* const at = data + int64_t{row0} * E + tile * 128;
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) add_tile(to + m * 16 * E + n * 128, values[m][n]);
+        for (int n = 0; n < kTiles; ++n) take_tile<kStep>(at + m * 16 * E + n * 128, values[m][n]);
       }
     } else {
 #pragma unroll
       for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) add(values[m][n], row0 + m * 16, tile + n);
+        for (int n = 0; n < kTiles; ++n) take_one<kStep, kIsTiled>(values[m][n], row0 + m * 16, tile + n);
       }
     }
   }
+};
 
-  __device__ __forceinline__ float at(int row, int col) const {
-    const int row0 = row - row % 16;
-    if (!is_tiled(row0)) return data[int64_t{row} * E + col];
-    const int r = row % 16, i = r / 8 * 2 + col % 2, lane = r % 8 * 4 + col % 8 / 2;
-    return data[int64_t{row0} * E + col / 8 * 128 + (kVectorReductions ? lane * 4 + i : i * 32 + lane)];
+// A warp's accumulators of dQ, all summed up, to their place: rows from row0, columns from 8 * tile. Of whole chunks.
+template <class T, int kRows, int kTiles>
+__device__ __forceinline__ void write_query_gradient(const float (&values)[kRows][kTiles][4], const HeadRows<T>& target,
+                                                     int row0, int tile, float scale) {
+  const int lane = threadIdx.x % 32;
+  T* const to = target.data + (row0 + lane / 4) * target.row_stride + tile * 8 + lane % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    if (row0 + m * 16 >= target.rows) break;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      if ((tile + n) * 8 >= target.cols) break;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = pack<T>(values[m][n][2 * i] * scale, values[m][n][2 * i + 1] * scale);
+        *reinterpret_cast<uint32_t*>(to + (m * 16 + i * 8) * target.row_stride + n * 8) = pair;
+      }
+    }
   }
+}
+
+// Blocks of 16 rows and 32 columns of (B, H, L, E), one for each warp.
+template <int kHeadDim>
+struct TileSweep {
+  static constexpr int kThreads = 256, kWarpsPerRow = kHeadDim / 32, kRows = kThreads / 32 / kWarpsPerRow * 16;
+  static BlockOrder order(const ForwardParams& p) { return {(p.L + kRows - 1) / kRows, p.B * p.H, 1}; }
 };
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(RowSweep<kHeadDim>::kThreads)
+__global__ void __launch_bounds__(TileSweep<kHeadDim>::kThreads)
     flash_convert_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
-  using Sweep = RowSweep<kHeadDim>;
-  int tile, batch_head;
-  if (!order.locate(tile, batch_head)) return;
-  const int heads = static_cast<int>(p.H);
-  const int row = tile * Sweep::kRows + static_cast<int>(threadIdx.x / Sweep::kLanes);
-  const int col = threadIdx.x % Sweep::kLanes * kChunkElements, present = static_cast<int>(p.E) - col;
-  if (row >= p.L || present <= 0) return;
-  const GradQuerySums sums(p, batch_head);
-  float x[kChunkElements];
+  using Sweep = TileSweep<kHeadDim>;
+  wait_for_predecessor();
+  int block, batch_head;
+  if (!order.locate_quickly(block, batch_head)) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = static_cast<int>(p.H);
+  const int row0 = block * Sweep::kRows + warp / Sweep::kWarpsPerRow * 16, tile0 = warp % Sweep::kWarpsPerRow * 4;
+  if (row0 >= p.L || tile0 * 8 >= p.E) return;
+  float values[1][4][4] = {};
+  GradQuerySums(p, batch_head).template take_rows<GradQuerySums::Step::kGet>(values, row0, tile0);
+  const HeadRows<T> target(p.grad_query, batch_head / heads, batch_head % heads, p.L, p.E);
 #pragma unroll
-  for (int i = 0; i < kChunkElements; ++i) x[i] = i < present ? sums.at(row, col + i) * p.scale : 0.f;
-  write_chunk(HeadRows<T>(p.grad_query, batch_head / heads, batch_head % heads, p.L, p.E), row, col,
-              {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])});
+  for (int half = 0; half < 2; ++half) {
+    // A lane has two columns of each of four tiles. The four lanes of a row exchange them, so that each has a chunk.
+    uint32_t words[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      words[n] = pack<T>(values[0][n][2 * half] * p.scale, values[0][n][2 * half + 1] * p.scale);
+    }
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+      const bool upper = lane & bit;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (n & bit) continue;
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[n] : words[n | bit], bit);
+        (upper ? words[n] : words[n | bit]) = got;
+      }
+    }
+    const int row = row0 + half * 8 + lane / 4, col = (tile0 + lane % 4) * kChunkElements;
+    if (row < p.L && col < p.E) write_chunk(target, row, col, {words[0], words[1], words[2], words[3]});
+  }
 }
 
 }  // namespace sdpa

@@ -11,6 +11,7 @@
 #include "../arch/arch.h"
 #include "../arch/barrier.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "flash_bwd_rows.cuh"
@@ -28,11 +29,12 @@ struct WideTile {
   static constexpr int kCols = kCols_, kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_;
   static constexpr int kQueries = kQueries_, kStages = kStages_, kGradStages = kGradStages_;
   static constexpr int kMaxSharedBytes = kMaxSharedBytes_;
+  static constexpr bool kWalks = false;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct WideBackward {
-  static constexpr bool kHasMask = has_mask(kEdit);
+  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks;
   // In 64 KB there is a place for three quarters of the values' columns, if LSE and delta are where P^T is later. The
   // others are in registers, and come and go through the queries' place.
   static constexpr bool kSplitsValue = !Arch::kAsyncCopy && kHeadDim > 128;
@@ -70,30 +72,6 @@ struct WideBackward {
   static_assert(!kSplitsValue || (KeyTile::kBytes <= kScoreOffset - kQueryOffset && kRowBytes <= ScoreTile::kBytes));
 };
 
-// Copies rows [row0, row0 + kRows) to the tile in order; what lies outside the source becomes zero. As
-// SharedTile::fill, but shorter for a source whose rows are whole chunks, as nearly all are: the loop has to do it for
-// every tile.
-template <class Arch, int kThreads, class Tile, class U>
-__device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0) {
-  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
-  if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0) {
-    if (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0) {
-      const int first = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
-      const uint32_t to = tile.base + Tile::offset(first, chunk);
-      const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
-      const int rows = chunk * kChunkElements < source.cols ? source.rows - row0 - first : 0;
-      const int64_t step = kRowStep * source.row_stride;
-#pragma unroll
-      for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
-        cp_async_or_zero(to + row * Tile::kRowBytes, from, row < rows);
-      }
-      return;
-    }
-  }
-  tile.template fill<kThreads, InOrder, !Arch::kAsyncCopy>(source, row0);
-  fence_block();  // what went through registers comes before an arrival
-}
-
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
@@ -108,6 +86,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
+  let_successor_start();
   int tile_number, batch_key_head;
   if (!order.locate(tile_number, batch_key_head)) return;
   int k0 = tile_number * kKeyTile;  // causal: the first tile is the longest
@@ -154,9 +133,20 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   const int length = static_cast<int>(p.L);
   const auto first_query = [&] { return range.first_query_tile(k0) * kQueryTile; };
   const auto exists = [&](const Place& x) { return x.head < (key_head + 1) * group; };
+  // Every other key tile of a walk goes back over the queries, so that it begins with the sums of dQ that were used
+  // last.
+  const auto goes_back = [&] { return Tile::kWalks && k0 / kKeyTile % 2 == 1; };
+  const auto first_of = [&](int head) -> Place {
+    return {head, goes_back() ? (range.query_tiles() - 1) * kQueryTile : first_query()};
+  };
   const auto after = [&](Place x) {
-    x.q0 += kQueryTile;
-    if (x.q0 >= length) x = {x.head + 1, first_query()};
+    if (goes_back()) {
+      x.q0 -= kQueryTile;
+      if (x.q0 < first_query()) x = first_of(x.head + 1);
+    } else {
+      x.q0 += kQueryTile;
+      if (x.q0 >= length) x = first_of(x.head + 1);
+    }
     return x;
   };
   Place here{key_head * group, first_query()};
@@ -175,11 +165,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
   const auto fetch_query = [&](const Place& x, int stage) {
     const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
-    fetch_rows<Arch, kThreads>(query_tile(stage % Tile::kStages), query, x.q0);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Tile::kStages), query, x.q0);
   };
   const auto fetch_grad = [&](const Place& x, int stage) {
     const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
-    fetch_rows<Arch, kThreads>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
@@ -198,9 +188,17 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
-  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
-  value_tile.template fill<kThreads, KeyOrder>(value, k0);
+  const auto fetch_keys = [&] {
+    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+    if constexpr (Tile::kWalks) {
+      fetch_rows<Arch, kThreads, true>(key_tile, key, k0);
+      fetch_rows<Arch, kThreads, true>(value_tile, value, k0);
+    } else {
+      key_tile.template fill<kThreads, KeyOrder>(key, k0);
+      value_tile.template fill<kThreads, KeyOrder>(value, k0);
+    }
+  };
+  fetch_keys();
   const auto value_offset = Flash::ValueTile::lane_offset();
   bool mask_from_registers = false;
   if constexpr (kEdit == ScoreEdit::kMaskGradient && !Flash::kSplitsValue) {
@@ -211,6 +209,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (kRight > 0) {
     using RightTile = SharedTile<T, kKeyTile, kRight * 16, Arch>;
     const RightTile right{base + Flash::kQueryOffset};
+    HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
     value.data += Flash::kSharedValueCols * value.col_stride;
     value.cols -= Flash::kSharedValueCols;
     right.template fill<kThreads, KeyOrder>(value, k0);
@@ -229,18 +228,25 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if (exists(here)) {
     fetch_query(here, 0);
     fetch_grad(here, 0);
-    publish_row(read_row(here));
   }
+  wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
+  if (exists(here)) publish_row(read_row(here));
   // dQ = dS K
   const auto add_query_gradient = [&](const Place& x) {
     if (p.grad_query.data == nullptr) return;
     constexpr int kBlocks = Flash::kGradQueryBlocks, kRows = Flash::kGradRows;
     const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
     const GradQuerySums sums(p, batch * heads + x.head);
+    // Of a walk: whether this is the first and the last key tile that these queries see.
+    const bool is_first = k0 == 0, is_last = !range.matters(x.q0, k0 + kKeyTile);
 #pragma unroll 1
     for (int pass = 0; pass < Flash::kPasses; ++pass) {
       const int first_block = (col_group * Flash::kPasses + pass) * kBlocks;
+      const int row0 = x.q0 + query_group * kRows * 16;
       float grad_query[kRows][2 * kBlocks][4] = {};
+      if (Tile::kWalks && is_last && !is_first) {
+        sums.template take_rows<GradQuerySums::Step::kGet, true>(grad_query, row0, first_block * 2);
+      }
 #pragma unroll
       for (int k = 0; k < kKeyTile / 16; ++k) {
         uint32_t a[kRows][4];
@@ -259,227 +265,18 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
           }
         }
       }
-      sums.add_rows(grad_query, x.q0 + query_group * kRows * 16, first_block * 2);
+      if (Tile::kWalks && is_last) {
+        const HeadRows<T> target(p.grad_query, batch, x.head, p.L, p.E);
+        write_query_gradient(grad_query, target, row0, first_block * 2, p.scale);
+      } else if (Tile::kWalks && is_first) {
+        sums.template take_rows<GradQuerySums::Step::kPut, true>(grad_query, row0, first_block * 2);
+      } else {
+        sums.template take_rows<GradQuerySums::Step::kAdd, Tile::kWalks>(grad_query, row0, first_block * 2);
+      }
     }
   };
 
-  wait_for_copies<Arch>();
-  __syncthreads();
-#pragma unroll 1
-  for (; exists(here); here = after(here), parity ^= 1) {
-    start_anew();
-    full.wait(parity ^ 1);
-    const int q0 = here.q0;
-    const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
-
-    const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
-    constexpr int kBlocks = Flash::kShareQueries / 16;
-    const int first_block = share * kBlocks;  // of 16 queries, in the tile
-    // By 16 queries. The entries of a bool mask, which has no gradient, are read before the products, those of others
-    // would take too many registers.
-    TransposedMask<kKeyBlocks, 2, kEdit == ScoreEdit::kMask && !Flash::kSplitsValue ? 1 : 0> mask[kBlocks];
-    if constexpr (kHasMask) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-        mask[n].read_early(p, batch, here.head, q0 + (first_block + n) * 16 + lane % 4 * 2,
-                           k0 + KeyOrder::key(warp_block * 16 + lane / 4));
-      }
-    }
-
-    // Tiles that begin with this warp's rows: fewer additions of addresses, but on sm80 a mask leaves no registers.
-    constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
-    const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
-    const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
-    const typename Flash::ValueTile value_rows{value_tile.base + key_begin * 16 * Flash::ValueTile::kRowBytes};
-    const typename Flash::QueryTile query_rows{query.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
-    const typename Flash::QueryTile grad_rows{grad.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
-    // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
-    float scores[kBlocks][kKeyBlocks][2][4] = {}, grad_scores[kBlocks][kKeyBlocks][2][4] = {};
-#pragma unroll
-    for (int k = 0; k < Tile::kCols / 16; ++k) {
-      uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) {
-        key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
-        if (k < kSplit) {
-          value_rows.load_a(value[m], value_offset, warp_block - key_begin + m, k);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) value[m][i] = right_values[k - kSplit][m][i];
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-        uint32_t b[4], c[4];
-        query_rows.load_b_transposed(b, lane_offset, first_block - query_begin + n, k);
-        grad_rows.load_b_transposed(c, lane_offset, first_block - query_begin + n, k);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          Product::add(scores[n][m][0], key[m], b[0], b[1]);
-          Product::add(scores[n][m][1], key[m], b[2], b[3]);
-          Product::add(grad_scores[n][m][0], value[m], c[0], c[1]);
-          Product::add(grad_scores[n][m][1], value[m], c[2], c[3]);
-        }
-      }
-    }
-
-    start_anew();
-    const bool is_partial = range.is_partial(q0, k0);
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-      const int first_row = (first_block + n) * 16 + lane % 4 * 2;
-      // log2 of P^T, -inf where a query must not attend
-      if constexpr (kHasMask) {
-        mask[n].log2_probability(scores[n], p, batch, here.head, q0 + first_row,
-                                 k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, shared_lse + first_row,
-                                 shared_rest + first_row);
-      } else {
-        const float2* const lse = reinterpret_cast<const float2*>(shared_lse + first_row);
-        const float2 row[2] = {lse[0], lse[4]};
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            float& score = scores[n][m][i / 4][i % 4];
-            score = fmaf(score, scale_log2, i % 2 == 0 ? -row[i / 4].x : -row[i / 4].y);
-          }
-        }
-      }
-      if (is_partial) {
-        const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i % 4 / 2 * 8);
-            if (!limit.sees(first_row + i / 4 * 8 + i % 2, key)) scores[n][m][i / 4][i % 4] = -INFINITY;
-          }
-        }
-      }
-    }
-
-    // P^T and dS^T = P^T * (dP^T - delta) to shared memory. This warp's share stays in registers, too, if no mask needs
-    // them.
-    constexpr bool kKeepsShare = !kHasMask;
-    uint32_t own_probabilities[kBlocks][kKeyBlocks][4], own_scores[kBlocks][kKeyBlocks][4];
-    DroppedKeys<T, kHasMask, kKeyBlocks, Flash::kShareQueries, Flash::kSplitsValue> dropped;
-    float2 deltas[2];
-    const auto read_deltas = [&](int query_block) {
-      const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
-      deltas[0] = delta[0], deltas[1] = delta[4];
-    };
-    static_assert(!Flash::kSplitsValue || kBlocks == 1);
-    if constexpr (Flash::kSplitsValue) read_deltas(first_block);  // P^T takes their place
-    done.wait(parity ^ 1);
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-      const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
-      if constexpr (!Flash::kSplitsValue) read_deltas(query_block);
-      if (drops) {
-        start_anew();
-        const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
-        dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + query_block * 16, k0 + warp_block * 16, n);
-      }
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) {
-        float (&left)[4] = scores[n][m][0], (&right)[4] = scores[n][m][1];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
-        uint32_t (&a)[4] = own_probabilities[n][m], (&b)[4] = own_scores[n][m];
-        if constexpr (kDrops) {
-          dropped.gradient(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], deltas, m, n);
-        } else if (drops) {
-          dropped.drop(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], dropout.rescale, m);
-        } else {
-          to_operand<T>(a, left, right);
-        }
-        probability_tile.put_a(a, warp_block + m, query_block);
-#pragma unroll
-        for (int i = 0; i < 8 && !kDrops; ++i) {
-          const float2& row = deltas[i / 4];
-          scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
-        }
-        to_operand<T>(b, left, right);
-        score_tile.put_a(b, warp_block + m, query_block);
-      }
-      if (mask_from_registers) {
-        MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, here.head, q0 + first_row,
-                                          k0 + KeyOrder::key(warp_block * 16 + lane / 4));
-      }
-    }
-    complete.arrive_warp();
-    start_anew();
-    const Place next = after(here);
-    if (exists(next)) {
-      if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
-      if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
-    }
-    float3 next_row;
-    if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
-
-    // Of this warp's keys and columns: sum += scores * rows of block k of 16 queries
-    const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const uint32_t (&a)[kKeyBlocks][4],
-                              const typename Flash::QueryTile& rows, int k) {
-#pragma unroll
-      for (int n = 0; n < kShareBlocks; ++n) {
-        uint32_t b[4];
-        rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          Product::add(sum[m][2 * n], a[m], b[0], b[1]);
-          Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
-        }
-      }
-    };
-    const auto multiply_others = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4],
-                                     const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows) {
-      constexpr int kAll = kQueryTile / 16;
-#pragma unroll
-      for (int i = kKeepsShare ? kBlocks : 0; i < kAll; ++i) {
-        const int k = kKeepsShare ? (first_block + i) % kAll : i;
-        uint32_t a[kKeyBlocks][4];
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) tile.load_a(a[m], score_lane_offset, warp_block + m, k);
-        multiply(sum, a, rows, k);
-      }
-    };
-    if constexpr (kKeepsShare) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) multiply(grad_value, own_probabilities[n], grad, first_block + n);
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
-    }
-    sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
-    multiply_others(grad_value, probability_tile, grad);
-    if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
-    multiply_others(grad_key, score_tile, query);
-    if constexpr (Tile::kStages == 1) query_read.arrive_warp();
-
-    if constexpr (Flash::kSplitsValue) next_row = read_row(next);
-    complete.wait(parity);
-    if constexpr (kEdit == ScoreEdit::kMaskGradient) {
-      if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
-    }
-    if (const Place next = after(here); exists(next)) {
-      publish_row(next_row);
-      if (threadIdx.x < kQueryTile) full.arrive_warp();
-      if constexpr (Tile::kGradStages == 1) {
-        grad_read.wait(parity);
-        fetch_grad(next, 0);
-      }
-      if constexpr (Tile::kStages == 1) {
-        query_read.wait(parity);
-        fetch_query(next, 0);
-      }
-      full.arrive_with_copies();
-    }
-    add_query_gradient(here);
-    done.arrive_warp();
-  }
-
   // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
-  wait_for_copies<Arch>();
-  __syncthreads();
   const auto put = [&](const float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::KeyTile& tile,
                        float factor) {
 #pragma unroll
@@ -495,23 +292,280 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
     }
   };
-  const typename Flash::KeyTile grad_value_tile{base + (kRight > 0 ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
-  put(grad_key, key_tile, p.scale);
-  put(grad_value, grad_value_tile, kHasMask ? dropout.rescale : 1.f);
-  __syncthreads();
-  const auto write = [&](const typename Flash::KeyTile& tile, const Operand& operand, int64_t cols) {
+  const auto write = [&](const typename Flash::KeyTile& tile, const Operand& operand, int64_t cols, int first_key) {
     if (operand.data == nullptr) return;
     const HeadRows<T> target(operand, batch, key_head, p.S, cols);
     constexpr int kChunks = Flash::KeyTile::kChunksPerRow;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kKeyTile * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks, to = k0 + KeyOrder::key(row);
+      const int row = i / kChunks, chunk = i % kChunks, to = first_key + KeyOrder::key(row);
       if (to >= target.rows) continue;
-      write_chunk(target, to, chunk * kChunkElements, load_shared_16(tile.base + Flash::KeyTile::offset(row, chunk)));
+      const uint4 v = load_shared_16(tile.base + Flash::KeyTile::offset(row, chunk));
+      if constexpr (Tile::kWalks) {
+        T* const place = target.data + to * target.row_stride + chunk * kChunkElements;
+        if (chunk * kChunkElements < target.cols) *reinterpret_cast<uint4*>(place) = v;
+      } else {
+        write_chunk(target, to, chunk * kChunkElements, v);
+      }
     }
   };
-  write(key_tile, p.grad_key, p.E);
-  write(grad_value_tile, p.grad_value, p.Ev);
+  wait_for_copies<Arch>();
+  __syncthreads();
+#pragma unroll 1
+  while (true) {
+#pragma unroll 1
+    for (; exists(here); here = after(here), parity ^= 1) {
+      start_anew();
+      full.wait(parity ^ 1);
+      const int q0 = here.q0;
+      const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
+
+      const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
+      constexpr int kBlocks = Flash::kShareQueries / 16;
+      const int first_block = share * kBlocks;  // of 16 queries, in the tile
+      // By 16 queries. The entries of a bool mask, which has no gradient, are read before the products, those of others
+      // would take too many registers.
+      TransposedMask<kKeyBlocks, 2, kEdit == ScoreEdit::kMask && !Flash::kSplitsValue ? 1 : 0> mask[kBlocks];
+      if constexpr (kHasMask) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          mask[n].read_early(p, batch, here.head, q0 + (first_block + n) * 16 + lane % 4 * 2,
+                             k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+        }
+      }
+
+      // Tiles that begin with this warp's rows: fewer additions of addresses, but on sm80 a mask leaves no registers.
+      constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
+      const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
+      const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
+      const typename Flash::ValueTile value_rows{value_tile.base + key_begin * 16 * Flash::ValueTile::kRowBytes};
+      const typename Flash::QueryTile query_rows{query.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
+      const typename Flash::QueryTile grad_rows{grad.base + query_begin * 16 * Flash::QueryTile::kRowBytes};
+      // S^T = K Q^T and dP^T = V dO^T, side by side: twice as many independent mma in flight
+      float scores[kBlocks][kKeyBlocks][2][4] = {}, grad_scores[kBlocks][kKeyBlocks][2][4] = {};
+#pragma unroll
+      for (int k = 0; k < Tile::kCols / 16; ++k) {
+        uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
+          if (k < kSplit) {
+            value_rows.load_a(value[m], value_offset, warp_block - key_begin + m, k);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[m][i] = right_values[k - kSplit][m][i];
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+          uint32_t b[4], c[4];
+          query_rows.load_b_transposed(b, lane_offset, first_block - query_begin + n, k);
+          grad_rows.load_b_transposed(c, lane_offset, first_block - query_begin + n, k);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+            Product::add(scores[n][m][0], key[m], b[0], b[1]);
+            Product::add(scores[n][m][1], key[m], b[2], b[3]);
+            Product::add(grad_scores[n][m][0], value[m], c[0], c[1]);
+            Product::add(grad_scores[n][m][1], value[m], c[2], c[3]);
+          }
+        }
+      }
+
+      start_anew();
+      const bool is_partial = range.is_partial(q0, k0);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const int first_row = (first_block + n) * 16 + lane % 4 * 2;
+        // log2 of P^T, -inf where a query must not attend
+        if constexpr (kHasMask) {
+          mask[n].log2_probability(scores[n], p, batch, here.head, q0 + first_row,
+                                   k0 + KeyOrder::key(warp_block * 16 + lane / 4), scale_log2, shared_lse + first_row,
+                                   shared_rest + first_row);
+        } else {
+          const float2* const lse = reinterpret_cast<const float2*>(shared_lse + first_row);
+          const float2 row[2] = {lse[0], lse[4]};
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              float& score = scores[n][m][i / 4][i % 4];
+              score = fmaf(score, scale_log2, i % 2 == 0 ? -row[i / 4].x : -row[i / 4].y);
+            }
+          }
+        }
+        if (is_partial) {
+          const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              const int key = KeyOrder::key((warp_block + m) * 16 + lane / 4 + i % 4 / 2 * 8);
+              if (!limit.sees(first_row + i / 4 * 8 + i % 2, key)) scores[n][m][i / 4][i % 4] = -INFINITY;
+            }
+          }
+        }
+      }
+
+      // P^T and dS^T = P^T * (dP^T - delta) to shared memory. This warp's share stays in registers, too, if no mask
+      // needs them.
+      constexpr bool kKeepsShare = !kHasMask;
+      uint32_t own_probabilities[kBlocks][kKeyBlocks][4], own_scores[kBlocks][kKeyBlocks][4];
+      DroppedKeys<T, kHasMask, kKeyBlocks, Flash::kShareQueries, Flash::kSplitsValue> dropped;
+      float2 deltas[2];
+      const auto read_deltas = [&](int query_block) {
+        const float2* const delta = reinterpret_cast<const float2*>(shared_delta + query_block * 16 + lane % 4 * 2);
+        deltas[0] = delta[0], deltas[1] = delta[4];
+      };
+      static_assert(!Flash::kSplitsValue || kBlocks == 1);
+      if constexpr (Flash::kSplitsValue) read_deltas(first_block);  // P^T takes their place
+      done.wait(parity ^ 1);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
+        if constexpr (!Flash::kSplitsValue) read_deltas(query_block);
+        if (drops) {
+          start_anew();
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
+          dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + query_block * 16, k0 + warp_block * 16, n);
+        }
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          float (&left)[4] = scores[n][m][0], (&right)[4] = scores[n][m][1];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
+          uint32_t (&a)[4] = own_probabilities[n][m], (&b)[4] = own_scores[n][m];
+          if constexpr (kDrops) {
+            dropped.gradient(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], deltas, m, n);
+          } else if (drops) {
+            dropped.drop(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], dropout.rescale, m);
+          } else {
+            to_operand<T>(a, left, right);
+          }
+          probability_tile.put_a(a, warp_block + m, query_block);
+#pragma unroll
+          for (int i = 0; i < 8 && !kDrops; ++i) {
+            const float2& row = deltas[i / 4];
+            scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
+          }
+          to_operand<T>(b, left, right);
+          score_tile.put_a(b, warp_block + m, query_block);
+        }
+        if (mask_from_registers) {
+          MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, here.head, q0 + first_row,
+                                            k0 + KeyOrder::key(warp_block * 16 + lane / 4));
+        }
+      }
+      complete.arrive_warp();
+      start_anew();
+      const Place next = after(here);
+      if (exists(next)) {
+        if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
+        if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
+      }
+      float3 next_row;
+      if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
+
+      // Of this warp's keys and columns: sum += scores * rows of block k of 16 queries
+      const auto multiply = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const uint32_t (&a)[kKeyBlocks][4],
+                                const typename Flash::QueryTile& rows, int k) {
+#pragma unroll
+        for (int n = 0; n < kShareBlocks; ++n) {
+          uint32_t b[4];
+          rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) {
+            Product::add(sum[m][2 * n], a[m], b[0], b[1]);
+            Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
+          }
+        }
+      };
+      const auto multiply_others = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4],
+                                       const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows) {
+        constexpr int kAll = kQueryTile / 16;
+#pragma unroll
+        for (int i = kKeepsShare ? kBlocks : 0; i < kAll; ++i) {
+          const int k = kKeepsShare ? (first_block + i) % kAll : i;
+          uint32_t a[kKeyBlocks][4];
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) tile.load_a(a[m], score_lane_offset, warp_block + m, k);
+          multiply(sum, a, rows, k);
+        }
+      };
+      if constexpr (kKeepsShare) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) multiply(grad_value, own_probabilities[n], grad, first_block + n);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
+      }
+      sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
+      multiply_others(grad_value, probability_tile, grad);
+      if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
+      multiply_others(grad_key, score_tile, query);
+      if constexpr (Tile::kStages == 1) query_read.arrive_warp();
+
+      if constexpr (Flash::kSplitsValue) next_row = read_row(next);
+      complete.wait(parity);
+      if constexpr (kEdit == ScoreEdit::kMaskGradient) {
+        if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
+      }
+      if (const Place next = after(here); exists(next)) {
+        publish_row(next_row);
+        if (threadIdx.x < kQueryTile) full.arrive_warp();
+        if constexpr (Tile::kGradStages == 1) {
+          grad_read.wait(parity);
+          fetch_grad(next, 0);
+        }
+        if constexpr (Tile::kStages == 1) {
+          query_read.wait(parity);
+          fetch_query(next, 0);
+        }
+        full.arrive_with_copies();
+      }
+      add_query_gradient(here);
+      done.arrive_warp();
+    }
+
+    wait_for_copies<Arch>();
+    __syncthreads();
+    // What the next key tile needs is computed from its origins: the loop above has no registers to keep it.
+    if constexpr (Tile::kWalks) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    const int first_key = k0;
+    bool goes_on = false;
+    float3 row{};
+    if constexpr (Tile::kWalks) {
+      k0 += kKeyTile;
+      goes_on = k0 < p.S;
+      here = first_of(key_head * group);
+      if (first_query() >= length) here.head += group;
+      if (goes_on && exists(here)) {
+        fetch_query(here, parity);
+        fetch_grad(here, parity);
+        row = read_row(here);
+      }
+    }
+    const typename Flash::KeyTile grad_value_tile{base + (kRight > 0 ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
+    put(grad_key, key_tile, p.scale);
+    put(grad_value, grad_value_tile, kHasMask ? dropout.rescale : 1.f);
+    __syncthreads();
+    write(key_tile, p.grad_key, p.E, first_key);
+    write(grad_value_tile, p.grad_value, p.Ev, first_key);
+    if (!goes_on) return;
+    __syncthreads();
+    fetch_keys();
+#pragma unroll
+    for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2 * kShareBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) grad_key[m][n][i] = grad_value[m][n][i] = 0.f;
+      }
+    }
+    if (exists(here)) {
+      publish_row(row);
+      if (threadIdx.x < kQueryTile) full.arrive_warp();
+      full.arrive_with_copies();
+    }
+  }
 }
 
 }  // namespace sdpa
