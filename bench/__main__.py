@@ -138,6 +138,7 @@ def main() -> int:
                     records,
                     options.host,
                 )
+                report.write_json(out, facts, records)  # a run that is killed keeps what it has
     except DeviceLost as lost:
         stopped = str(lost)
     except KeyboardInterrupt:
