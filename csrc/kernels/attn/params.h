@@ -59,8 +59,8 @@ struct BackwardParams : ForwardParams {
   float* grad_mask = nullptr;                  // float32; zeroed by the caller and added to, through grad_mask_stride
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // stride 0 where the mask broadcasts, so that sums land together
   float* delta = nullptr;                      // scratch (B, H, L): rowsum(grad_output * output)
-  // scratch (B, H, L, E) contiguous; only if asked for. Zeroed by the caller for the memory-efficient kernels, flash does
-  // that itself.
+  // scratch (B, H, L, E) contiguous; only if asked for. Zeroed by the caller for the memory-efficient kernels, flash
+  // does that itself.
   float* grad_query_accum = nullptr;
   // scratch (B, H, ceil(L / 16), ceil(E / 32)), zeroed by the caller; only if asked for and deterministic
   int* grad_query_turns = nullptr;
