@@ -22,8 +22,9 @@ cudaError_t allow_shared_bytes(int bytes) {
   return error;
 }
 
-// Of the current device.
-inline cudaError_t count_multiprocessors(int& count) {
+// Of the current device. (A template as all that calls the runtime here is: NVRTC does not know it.)
+template <class Unused = void>
+cudaError_t count_multiprocessors(int& count) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
