@@ -340,31 +340,31 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSplit, kSize>::kT
 }
 
 template <class Arch, int kHeadDim, bool kSplit, PairSize kSize>
-cudaError_t launch_pair_forward(const ForwardParams& p, int device, cudaStream_t stream) {
+cudaError_t launch_pair_forward(const ForwardParams& p, int multiprocessors, cudaStream_t stream) {
   using Shape = PairForward<Arch, kHeadDim, kSplit, kSize>;
   // There is so much arithmetic to a byte that under causality the longest blocks of all heads may well come first.
   const auto order = BlockOrder::make(ceil_div(p.L, Shape::kRows), p.B * p.H,
                                       p.is_causal ? 0 : p.S * (p.E + p.Ev) * sizeof(float) / p.group);
-  int multiprocessors = 0, most_bytes = Shape::kSharedBytes;
-  auto error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
   // As large as there is room for, but no multiprocessor left without a block.
   if constexpr (kSize != PairSize::kSmall) {
     if (order.blocks() < multiprocessors || p.shared_bytes < Shape::kSharedBytes || p.E > kHeadDim ||
         (!Shape::kTakesMask && p.mask_kind != MaskKind::kNone)) {
       constexpr PairSize kSmaller = kSize == PairSize::kHuge ? PairSize::kLarge : PairSize::kSmall;
-      return launch_pair_forward<Arch, kHeadDim, kSplit, kSmaller>(p, device, stream);
+      return launch_pair_forward<Arch, kHeadDim, kSplit, kSmaller>(p, multiprocessors, stream);
     }
   }
   constexpr auto kKernel = &pair_forward_kernel<Arch, kHeadDim, kSplit, kSize>;
   if (order.blocks() == 0 || p.Ev == 0) return cudaSuccess;
   int query_chunks = static_cast<int>(ceil_div(p.E, kHeadDim));
   if (p.shared_bytes < Shape::shared_bytes(query_chunks)) query_chunks = 1;
+  int most_bytes = Shape::kSharedBytes;
   if constexpr (Shape::kTakesWide) {
-    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int device = 0;
+    if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const auto error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error != cudaSuccess) return error;
   }
-  if (error = allow_shared_bytes<kKernel>(most_bytes); error != cudaSuccess) return error;
+  if (const auto error = allow_shared_bytes<kKernel>(most_bytes); error != cudaSuccess) return error;
   const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(p.Ev, kHeadDim)));
   kKernel<<<grid, Shape::kThreads, Shape::shared_bytes(query_chunks), stream>>>(p, order, query_chunks);
   return cudaGetLastError();
@@ -373,10 +373,10 @@ cudaError_t launch_pair_forward(const ForwardParams& p, int device, cudaStream_t
 template <class Arch, int kHeadDim, bool kSplit>
 cudaError_t launch_pair_forward(const ForwardParams& p, cudaStream_t stream) {
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition || !fits_pairs<kHeadDim>(p)) return cudaErrorInvalidValue;
-  int device = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   constexpr PairSize kMost = kHeadDim == 128 ? PairSize::kHuge : PairSize::kLarge;
-  return launch_pair_forward<Arch, kHeadDim, kSplit, kMost>(p, device, stream);
+  return launch_pair_forward<Arch, kHeadDim, kSplit, kMost>(p, multiprocessors, stream);
 }
 
 template <class Arch, int kHeadDim>
