@@ -187,6 +187,10 @@ class CMakeBuild(build_ext):
                 "CMAKE_CUDA_COMPILER": str(cuda.home / "bin" / "nvcc"),
             }
         build.mkdir(parents=True, exist_ok=True)
+        # With another nvcc CMake starts anew by itself, but forgets the options given here.
+        cache = build / "CMakeCache.txt"
+        if cuda and cache.exists() and f"={options['CMAKE_CUDA_COMPILER']}\n" not in cache.read_text():
+            cache.unlink()
         cmake = tool("cmake", "CMAKE_BIN_DIR")
         options["CMAKE_MAKE_PROGRAM"] = tool("ninja", "BIN_DIR")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
