@@ -37,7 +37,7 @@ def within(case: str, bar: float, other: str, work: float = 1.0) -> Bar:
 
 
 def flash_bar(case: Case) -> float:
-    return 1.15 if case.L <= 1024 else 1.05
+    return 1.15 if case.L <= 1024 and not case.backward else 1.05
 
 
 EFFICIENT = "memory-efficient"

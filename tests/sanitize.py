@@ -2,6 +2,8 @@
 
 compute-sanitizer --tool memcheck python tests/sanitize.py
 compute-sanitizer --tool racecheck python tests/sanitize.py --few
+
+The second needs a build with NVCC_APPEND_FLAGS=-DSDPA_RACECHECK (csrc/kernels/arch/barrier.h says why).
 """
 
 from __future__ import annotations

@@ -36,6 +36,14 @@ __device__ __forceinline__ bool sync_threads_or(int number, bool x) {
   return any != 0;
 }
 
+// How often a warp's arrive_warp counts. To compute-sanitizer's racecheck the arrival of one lane says nothing of what
+// the others did before the __syncwarp ahead of it, so in a build for it every lane arrives (tests/sanitize.py).
+#if defined(SDPA_RACECHECK)
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
 // To arrive and to wait are two things here, and a warp can do something else in between. A phase ends when as many
 // have arrived as `init` was told; the first has parity 0. To wait for the phase before the first (parity 1) takes no
 // time. An older Arch than sm80 has none of it: there, to wait is to wait for all threads, who must all do so.
@@ -52,10 +60,10 @@ struct SharedBarrier {
     if constexpr (kIsReal)
       asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(address) : "memory");
   }
-  // Once for a warp, for what all of its lanes did before.
+  // For what all lanes of the warp did before: kWarpArrivals times.
   __device__ __forceinline__ void arrive_warp() const {
     if constexpr (kIsReal) __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive();
+    if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) arrive();
   }
   // As soon as this thread's copies up to now have landed.
   __device__ __forceinline__ void arrive_with_copies() const {

@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   const Barrier full = barrier(0), complete = barrier(1), done = barrier(2);
   const Barrier grad_read = barrier(3), query_read = barrier(4);
   if (threadIdx.x == 0) {
-    full.init(kThreads + kQueryTile / 32);
-    complete.init(Tile::kWarps), done.init(Tile::kWarps), grad_read.init(Tile::kWarps), query_read.init(Tile::kWarps);
+    full.init(kThreads + kQueryTile / 32 * kWarpArrivals);
+    constexpr int kArrivals = Tile::kWarps * kWarpArrivals;
+    complete.init(kArrivals), done.init(kArrivals), grad_read.init(kArrivals), query_read.init(kArrivals);
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile

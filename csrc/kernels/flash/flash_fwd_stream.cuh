@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
 
   const typename Flash::Barrier keys_done{base + Flash::kBarrierOffset};
   if (threadIdx.x == 0) {
-    keys_done.init(Flash::kWarps);
+    keys_done.init(Flash::kWarps * kWarpArrivals);
     find_work(0, blockIdx.x);
   }
   __syncthreads();

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) barrier(i).init(kThreads);
-    for (int i = 4; i < 8; ++i) barrier(i).init(Flash::kWarps);
+    for (int i = 4; i < 8; ++i) barrier(i).init(Flash::kWarps * kWarpArrivals);
     for (int i = 0; i < Flash::kTeams; ++i) barrier(8 + i).init(64);
     find_work(0, blockIdx.x);
   }
