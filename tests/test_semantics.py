@@ -565,6 +565,25 @@ def test_math_scratch_limit_changes_no_answer(device, limit, is_causal):
         sdpa.set_math_scratch_limit(before)
 
 
+@pytest.mark.parametrize("mask_shape", [(), (2, 6, 65, 70), (6, 65, 70), (2, 1, 65, 70), (65, 70), (70,)])
+@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16])
+def test_math_on_several_threads(dtype, mask_shape):
+    """Each takes heads of its own, but for what adds to the same gradient of a mask."""
+    query, key, value = inputs("cpu", dtype, B=2, H=6, key_heads=3, L=65, S=70)
+    mask = mask_of(SINGLE, mask_shape, "cpu") if mask_shape else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        kwargs = {"is_causal": mask is None, "dropout_p": 0.2, "enable_gqa": True}
+        check(SDPBackend.MATH, query, key, value, mask, **kwargs)
+        check(SDPBackend.MATH, query, *(t[:, :1] for t in (key, value)), mask, **kwargs)
+        with torch.inference_mode():
+            output = sdpa.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        assert output.is_inference()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("limit", [0, -5])
 def test_math_scratch_limit_must_be_positive(limit):
     with pytest.raises(ValueError, match=str(limit)):

@@ -24,7 +24,7 @@ using at::Tensor;
 constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 std::atomic<int64_t> scratch_limit{int64_t{256} << 20};
 
-// On the CPU the scores of one chunk should stay in cache between the passes over them.
+// On the CPU the scores of one chunk should stay in a core's cache between the passes over them.
 constexpr int64_t kCpuChunkBytes = int64_t{2} << 20;
 
 // One step of the walk: some batches (all heads of each) or some heads of one batch, and some query rows.
@@ -60,55 +60,94 @@ bool has_row_kernel(const Tensor& t) {
 #endif
 }
 
-// What is held of each score at one time. In place: the scores, and in the backward the gradients of the
-// probabilities, in 16 bits once more for the gradient of a mask. ATen: scores and probabilities; or probabilities,
-// their gradients and those of the scores; and a byte of dropout.
-int64_t bytes_per_score(bool in_place, bool backward, bool mask_grad, bool is_double) {
-  if (in_place) return backward ? (mask_grad ? 10 : 8) : 4;
-  return (backward ? 3 : 2) * (is_double ? 8 : 4) + 1;
+// What is held of each score at one time: scores, which become probabilities, and in the backward the gradients of
+// these, which become those of the scores. Besides, with our row kernel the latter in 16 bits for the gradient of a
+// mask; without, a byte of dropout and what a GPU multiplies in 16 bits.
+int64_t bytes_per_score(bool row_kernel, bool backward, bool mask_grad, bool is_double) {
+  const int64_t more = row_kernel ? (backward && mask_grad ? 2 : 0) : 3;
+  return (backward ? 2 : 1) * (is_double ? 8 : 4) + more;
 }
 
-int64_t chunk_scores(bool cuda, int64_t bytes_per_score) {
-  const int64_t limit = scratch_limit;
-  return std::max<int64_t>(1, (cuda ? limit : std::min(kCpuChunkBytes, limit)) / bytes_per_score);
+// How many threads take heads of their own, since there are enough: their scores stay in their caches, and they wait
+// for each other once. With 1 the operations within a chunk are parallel.
+int64_t workers_for(bool cuda, int64_t independent, int64_t bytes_of_row) {
+  const int64_t threads = cuda ? 1 : at::get_num_threads();
+  return independent >= threads && scratch_limit / threads >= bytes_of_row ? threads : 1;
+}
+int64_t chunk_scores(bool cuda, int64_t workers, int64_t bytes_per_score) {
+  const int64_t limit = scratch_limit / workers;
+  // Workers or not, a core each.
+  const int64_t bytes = cuda ? limit : std::min(kCpuChunkBytes * (at::get_num_threads() / workers), limit);
+  return std::max<int64_t>(1, bytes / bytes_per_score);
 }
 
-// Calls begin(chunk) before the first rows of a set of heads, step(chunk) for each set of rows, end(chunk) after the
-// last.
-template <class Begin, class Step, class End>
-void for_chunks(const Call& call, int64_t bytes_per_score, Begin begin, Step step, End end) {
+// Which sets of heads have nothing to add to the same place: all, unless the gradient of a mask is broadcast.
+struct Independent {
+  bool batches = true, heads = true;
+};
+
+// Calls heads(chunk, for_rows) for each set of heads, where for_rows(step) calls step(chunk) for each set of their
+// rows.
+template <class Heads>
+void for_chunks(const Call& call, int64_t bytes_per_score, Independent independent, Heads heads_of) {
   const Shape shape(call);
-  const int64_t budget = chunk_scores(call.query.is_cuda(), bytes_per_score);
+  const bool cuda = call.query.is_cuda();
+  const int64_t row_scores = shape.group * shape.S;
+  const int64_t workers =
+      workers_for(cuda, (independent.batches ? shape.B : 1) * (independent.heads ? shape.key_heads : 1),
+                  row_scores * bytes_per_score);
+  const int64_t budget = chunk_scores(cuda, workers, bytes_per_score);
   // Few rows of many columns, or many whole heads. Causal: an eighth of the rows at a time leaves out nearly half of
   // the columns.
   const int64_t causal_rows = std::max<int64_t>((shape.L + 7) / 8, std::min<int64_t>(shape.L, 128));
   const int64_t most_rows = call.is_causal ? causal_rows : shape.L;
   // On the CPU a head for each thread before more rows.
-  const int64_t least_heads = call.query.is_cuda() ? 1 : std::min<int64_t>(at::get_num_threads(), shape.key_heads);
-  const int64_t rows = std::clamp<int64_t>(budget / (least_heads * shape.group * shape.S), 1, most_rows);
+  const int64_t least_heads = cuda || workers > 1 ? 1 : std::min<int64_t>(at::get_num_threads(), shape.key_heads);
+  int64_t rows = std::clamp<int64_t>(budget / (least_heads * row_scores), 1, most_rows);
+  const int64_t row_steps = (shape.L + rows - 1) / rows;
+  rows = (shape.L + row_steps - 1) / row_steps;  // of even size
   // Folding several batches or heads into one product would copy keys that are broadcast over them.
   const auto broadcast = [&](int64_t dim) { return call.key.stride(dim) == 0 || call.value.stride(dim) == 0; };
-  int64_t heads = std::clamp<int64_t>(budget / (shape.group * rows * shape.S), 1, shape.key_heads);
+  // Not so many that a worker has none.
+  const int64_t all_heads = shape.B * shape.key_heads;
+  const int64_t most_heads = (all_heads + workers - 1) / workers;
+  int64_t heads = std::clamp<int64_t>(budget / (rows * row_scores), 1, std::min(shape.key_heads, most_heads));
   if (broadcast(1)) heads = 1;
-  const int64_t steps = (shape.key_heads + heads - 1) / heads;
-  heads = (shape.key_heads + steps - 1) / steps;  // of even size
+  const int64_t head_steps = (shape.key_heads + heads - 1) / heads;
+  heads = (shape.key_heads + head_steps - 1) / head_steps;  // of even size
   int64_t batches = 1;
   if (heads == shape.key_heads && !broadcast(0)) {
-    batches = std::clamp<int64_t>(budget / (shape.H * rows * shape.S), 1, shape.B);
+    batches = std::clamp<int64_t>(budget / (shape.key_heads * rows * row_scores), 1,
+                                  std::max<int64_t>(1, most_heads / shape.key_heads));
   }
-  for (int64_t b = 0; b < shape.B; b += batches) {
-    for (int64_t h = 0; h < shape.key_heads; h += heads) {
-      Chunk chunk{b, std::min(batches, shape.B - b), h, std::min(heads, shape.key_heads - h), 0, 0, shape.S};
-      begin(chunk);
+  const int64_t batch_steps = (shape.B + batches - 1) / batches;
+  const auto take = [&](int64_t batch_step, int64_t head_step) {
+    const int64_t b = batch_step * batches, h = head_step * heads;
+    Chunk chunk{b, std::min(batches, shape.B - b), h, std::min(heads, shape.key_heads - h), 0, rows, shape.S};
+    heads_of(chunk, [&](auto step) {
       for (int64_t row = 0; row < shape.L; row += rows) {
         chunk.row = row;
         chunk.rows = std::min(rows, shape.L - row);
         chunk.columns = call.is_causal ? std::min(shape.S, row + chunk.rows) : shape.S;
         step(chunk);
       }
-      end(chunk);
+    });
+  };
+  // Sets that depend on each other are one worker's.
+  const int64_t batch_sets = independent.batches ? batch_steps : 1, head_sets = independent.heads ? head_steps : 1;
+  const auto take_set = [&](int64_t set) {
+    for (int64_t b = set / head_sets; b < batch_steps; b += batch_sets) {
+      for (int64_t h = set % head_sets; h < head_steps; h += head_sets) take(b, h);
     }
+  };
+  if (workers == 1) {
+    for (int64_t set = 0; set < batch_sets * head_sets; ++set) take_set(set);
+    return;
   }
+  at::parallel_for(0, batch_sets * head_sets, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below;  // as the thread that called is, which others do not inherit
+    for (int64_t set = begin; set < end; ++set) take_set(set);
+  });
 }
 
 // Some batches, heads and rows of a 4-dim tensor: one view instead of three, which on a GPU is host time that counts.
@@ -185,8 +224,20 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double scale, double
   }
 }
 
-Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
+// Whether a product can go straight to where its rows belong, a view of the result (1, 1, rows, D).
+bool is_direct(const Tensor& view, at::ScalarType product_type) {
+  return view.is_cpu() && view.size(0) * view.size(1) == 1 && view.scalar_type() == product_type && view.stride(3) == 1;
+}
+
+Tensor product(const Tensor& a, const Tensor& b, double scale) {
   Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(accumulation_type(a)));
+  multiply(out, a, b, scale);
+  return out;
+}
+
+// In memory that is used again for every set of rows: pages that are fresh each time are most of a product's time.
+Tensor product_in(const Tensor& memory, const Tensor& a, const Tensor& b, double scale) {
+  const Tensor out = memory.narrow(0, 0, a.size(0) * a.size(1) * b.size(2)).view({a.size(0), a.size(1), b.size(2)});
   multiply(out, a, b, scale);
   return out;
 }
@@ -194,6 +245,13 @@ Tensor product(const Tensor& a, const Tensor& b, double scale = 1) {
 // The dtype in which products are taken: the inputs' own where a fast product with float32 accumulation exists.
 at::ScalarType product_type(const Tensor& t) {
   return t.is_cuda() && low_precision(t) ? t.scalar_type() : accumulation_type(t);
+}
+
+// For the scores of a set of heads' rows, as many as are taken at one time.
+Tensor memory_for(const Call& call, const Chunk& c) {
+  const int64_t group = call.query.size(1) / call.key.size(1);
+  const auto options = call.query.options().dtype(accumulation_type(call.query));
+  return at::empty({c.batches * c.key_heads * group * c.rows * c.columns}, options);
 }
 
 // Masks the scaled scores of a chunk, (batches, heads, rows, columns).
@@ -279,60 +337,65 @@ void set_math_scratch_limit(int64_t bytes) {
 
 int64_t math_scratch_bytes(const Problem& p) {
 #if defined(SDPA_WITH_CUDA)
-  const bool in_place = p.device_type == DeviceType::kCUDA && p.dtype != DType::kFloat64;
+  const bool row_kernel = p.device_type == DeviceType::kCUDA && p.dtype != DType::kFloat64;
 #else
-  const bool in_place = false;
+  const bool row_kernel = false;
 #endif
-  const int64_t per_score = bytes_per_score(in_place, p.grad_wanted, p.mask_grad_wanted, p.dtype == DType::kFloat64);
+  const int64_t per_score = bytes_per_score(row_kernel, p.grad_wanted, p.mask_grad_wanted, p.dtype == DType::kFloat64);
   const int64_t one_row = std::max<int64_t>(1, p.key_heads == 0 ? 1 : p.H / p.key_heads) * p.S;
-  const int64_t budget = std::max(chunk_scores(p.device_type == DeviceType::kCUDA, per_score), one_row);
-  return std::min(p.B * p.H * p.L * p.S, budget) * per_score;
+  const bool cuda = p.device_type == DeviceType::kCUDA;
+  const int64_t workers = workers_for(cuda, p.B * p.key_heads, one_row * per_score);
+  const int64_t budget = std::max(chunk_scores(cuda, workers, per_score), one_row);
+  return std::min(p.B * p.H * p.L * p.S, workers * budget) * per_score;
 }
 
 void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Shape shape(call);
   const auto type = product_type(call.query);
   const Tensor mask = chunked_mask(call);
-  const bool in_place = has_row_kernel(call.query);
+  const bool row_kernel = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-  Tensor key, value;
-  for_chunks(
-      call, bytes_per_score(in_place, false, false, type == at::kDouble),
-      [&](const Chunk& c) {
-        key = key_side(call.key, c).to(type);
-        value = key_side(call.value, c).to(type);
-      },
-      [&](const Chunk& c) {
-        const int64_t heads = c.batches * c.key_heads, rows = shape.group * c.rows;
-        const Tensor query = query_side(call.query, c, shape.group).to(type);
-        const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-        Tensor probs, highest;
-        if (in_place) {
+  const int64_t score_bytes = bytes_per_score(row_kernel, false, false, type == at::kDouble);
+  for_chunks(call, score_bytes, {}, [&](const Chunk& all_rows, const auto& for_rows) {
+    const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
+    const Tensor memory = row_kernel ? Tensor() : memory_for(call, all_rows);
+    for_rows([&](const Chunk& c) {
+      const int64_t heads = c.batches * c.key_heads, rows = shape.group * c.rows;
+      const Tensor query = query_side(call.query, c, shape.group).to(type);
+      const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
+      Tensor probs, highest;
+      if (row_kernel) {
 #if defined(SDPA_WITH_CUDA)
-          const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
-          softmax_in_place(call, c, shape, scores, Tensor(), type, logsumexp);
-          probs = in_place_result(scores, type, c.columns);
+        const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
+        softmax_in_place(call, c, shape, scores, Tensor(), type, logsumexp);
+        probs = in_place_result(scores, type, c.columns);
 #endif
-        } else {
-          const Tensor scores = product(query, k.transpose(1, 2), call.scale)
-                                    .view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
-          mask_scores(call, mask, c, scores, shape.group);
-          probs = at::softmax(scores, -1);
-          if (mask.defined() || logsumexp.defined()) highest = scores.amax(-1, /*keepdim=*/true);
-          if (logsumexp.defined()) {
-            // The probability of the highest score is 1 / sum(exp(scores - highest)).
-            Tensor lse = highest - probs.amax(-1, true).log();
-            if (mask.defined()) lse.masked_fill_(highest == kNegInf, kNegInf);
-            query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(lse);
-          }
-          if (call.dropout_p > 0) probs.mul_(keep_of(call, c, shape));
-          probs = probs.view({heads, rows, c.columns}).to(type);
+      } else {
+        probs = product_in(memory, query, k.transpose(1, 2), call.scale)
+                    .view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
+        mask_scores(call, mask, c, probs, shape.group);
+        if (mask.defined() || logsumexp.defined()) highest = probs.amax(-1, /*keepdim=*/true);
+        at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
+        if (logsumexp.defined()) {
+          // The probability of the highest score is 1 / sum(exp(scores - highest)).
+          Tensor lse = highest - probs.amax(-1, true).log();
+          if (mask.defined()) lse.masked_fill_(highest == kNegInf, kNegInf);
+          query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(lse);
         }
-        Tensor out = product(probs, v, rescale).view({c.batches, c.key_heads * shape.group, c.rows, output.size(3)});
-        if (mask.defined() && !in_place) out.masked_fill_(highest == kNegInf, 0);
-        query_view(output, c, shape.group).copy_(out);
-      },
-      [](const Chunk&) {});
+        if (call.dropout_p > 0) probs.mul_(keep_of(call, c, shape));
+        probs = probs.view({heads, rows, c.columns}).to(type);
+      }
+      const Tensor target = query_view(output, c, shape.group);
+      if (is_direct(target, type)) {
+        multiply(target.squeeze(0), probs, v, rescale);
+        if (mask.defined()) Tensor(target).masked_fill_(highest == kNegInf, 0);
+        return;
+      }
+      Tensor out = product(probs, v, rescale).view(target.sizes());
+      if (mask.defined() && !row_kernel) out.masked_fill_(highest == kNegInf, 0);
+      target.copy_(out);
+    });
+  });
 }
 
 void math_backward(const Call& call, const Tensor& grad_output, const Tensor& logsumexp, const Gradients& grads) {
@@ -341,94 +404,101 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
   const auto sum_type = accumulation_type(call.query);
   const Tensor mask = chunked_mask(call);
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const bool in_place = has_row_kernel(call.query);
+  const bool row_kernel = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   // A look at all rows costs less than two passes over the gradients of a chunk.
-  Tensor empty_rows = mask.defined() && !in_place ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  Tensor empty_rows = mask.defined() && !row_kernel ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
-  Tensor key, value, grad_key, grad_value;
-  for_chunks(
-      call, bytes_per_score(in_place, true, grads.mask.defined(), type == at::kDouble),
-      [&](const Chunk& c) {
-        key = key_side(call.key, c).to(type);
-        value = key_side(call.value, c).to(type);
-        grad_key = grad_value = Tensor();
-      },
-      [&](const Chunk& c) {
-        const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
-        const std::vector<int64_t> four_dims = {c.batches, c.key_heads * group, c.rows, c.columns};
-        const Tensor query = query_side(call.query, c, group).to(type);
-        Tensor grad_out = query_side(grad_output, c, group).to(type);
-        const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-        // Of shape (heads, rows, columns). The mask's gradient wants those of the scores unrounded.
-        Tensor probs, grad_scores;
-        const auto grad_type = grad_mask.defined() ? sum_type : type;
-        if (in_place) {
+  const int64_t score_bytes = bytes_per_score(row_kernel, true, grads.mask.defined(), type == at::kDouble);
+  Independent independent;
+  if (grad_mask.defined()) independent = {grad_mask.size(0) == shape.B, grad_mask.size(1) == shape.H};
+  for_chunks(call, score_bytes, independent, [&](const Chunk& all_rows, const auto& for_rows) {
+    const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
+    const Tensor memory = row_kernel ? Tensor() : memory_for(call, all_rows);
+    const Tensor grad_memory = row_kernel ? Tensor() : memory_for(call, all_rows);
+    Tensor grad_key, grad_value;
+    for_rows([&](const Chunk& c) {
+      const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
+      const std::vector<int64_t> four_dims = {c.batches, c.key_heads * group, c.rows, c.columns};
+      const Tensor query = query_side(call.query, c, group).to(type);
+      Tensor grad_out = query_side(grad_output, c, group).to(type);
+      const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
+      // Of shape (heads, rows, columns). The mask's gradient wants those of the scores unrounded.
+      Tensor probs, grad_scores;
+      const auto grad_type = grad_mask.defined() ? sum_type : type;
+      if (row_kernel) {
 #if defined(SDPA_WITH_CUDA)
-          const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
-          const Tensor grad_probs = padded_product(grad_out, v.transpose(1, 2), rescale);
-          softmax_in_place(call, c, shape, scores, grad_probs, grad_type, Tensor());
-          probs = in_place_result(scores, type, c.columns);
-          grad_scores = in_place_result(grad_probs, grad_type, c.columns);
+        const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
+        const Tensor grad_probs = padded_product(grad_out, v.transpose(1, 2), rescale);
+        softmax_in_place(call, c, shape, scores, grad_probs, grad_type, Tensor());
+        probs = in_place_result(scores, type, c.columns);
+        grad_scores = in_place_result(grad_probs, grad_type, c.columns);
 #endif
+      } else {
+        probs = product_in(memory, query, k.transpose(1, 2), call.scale).view(four_dims);
+        mask_scores(call, mask, c, probs, group);
+        if (empty_rows.defined()) {
+          // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
+          const Tensor empty = query_view(empty_rows, c, group);
+          probs.narrow(3, 0, 1).masked_fill_(empty, 0);
+          grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
+        }
+        // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of
+        // the logsumexp would be an error of every probability.
+        at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
+        const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
+        grad_scores = product_in(grad_memory, grad_out, v.transpose(1, 2), rescale).view(four_dims);
+        if (keep.defined()) grad_scores.mul_(keep);
+        at::_softmax_backward_data_out(grad_scores, grad_scores, probs, -1, probs.scalar_type());
+        if (keep.defined()) probs.mul_(keep);
+        probs = probs.view({heads, rows, c.columns}).to(type);
+        grad_scores = grad_scores.view({heads, rows, c.columns}).to(grad_type);
+      }
+      // sum += scale * a @ b, where sum has a row for each key; what the first rows give need not be added to zeros.
+      const auto accumulate = [&](Tensor& sum, const Tensor& target, const Tensor& a, const Tensor& b, double scale) {
+        double beta = 1;
+        if (!sum.defined()) {
+          const Tensor view = key_view(target, all_rows, shape.S);
+          sum = is_direct(view, sum_type) ? view.squeeze(0)
+                                          : at::empty({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
+          if (c.columns == shape.S) {
+            beta = 0;
+          } else {
+            sum.zero_();
+          }
+        }
+        multiply(sum.narrow(1, 0, c.columns), a, b, scale, beta);
+      };
+      if (grads.value.defined()) accumulate(grad_value, grads.value, probs.transpose(1, 2), grad_out, rescale);
+      probs.reset();
+      if (grad_mask.defined()) {
+        Tensor part = mask_chunk(grad_mask, c, group);
+        const Tensor whole = grad_scores.view(four_dims);
+        std::vector<int64_t> summed;
+        for (int64_t d = 0; d < 4; ++d) {
+          if (part.size(d) == 1 && whole.size(d) > 1) summed.push_back(d);
+        }
+        part.add_(summed.empty() ? whole : whole.sum(summed, /*keepdim=*/true));
+        grad_scores = grad_scores.to(type);
+      }
+      if (grads.query.defined()) {
+        const Tensor target = query_view(grads.query, c, group);
+        if (is_direct(target, sum_type)) {
+          multiply(target.squeeze(0), grad_scores, k, call.scale);
         } else {
-          Tensor scores = product(query, k.transpose(1, 2), call.scale).view(four_dims);
-          mask_scores(call, mask, c, scores, group);
-          if (empty_rows.defined()) {
-            // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
-            const Tensor empty = query_view(empty_rows, c, group);
-            scores.narrow(3, 0, 1).masked_fill_(empty, 0);
-            grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
-          }
-          // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of
-          // the logsumexp would be an error of every probability.
-          probs = at::softmax(scores, -1);
-          scores.reset();
-          const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
-          Tensor grad_probs = product(grad_out, v.transpose(1, 2), rescale).view(four_dims);
-          if (keep.defined()) grad_probs.mul_(keep);
-          grad_scores = at::_softmax_backward_data(grad_probs, probs, -1, probs.scalar_type());
-          grad_probs.reset();
-          if (keep.defined()) probs.mul_(keep);
-          probs = probs.view({heads, rows, c.columns}).to(type);
-          grad_scores = grad_scores.view({heads, rows, c.columns}).to(grad_type);
+          target.copy_(product(grad_scores, k, call.scale).view(target.sizes()));
         }
-        // sum += scale * a @ b, where sum has a row for each key; what the first rows give need not be added to zeros.
-        const auto accumulate = [&](Tensor& sum, const Tensor& a, const Tensor& b, double scale) {
-          if (!sum.defined() && c.columns == shape.S) {
-            sum = product(a, b, scale);
-            return;
-          }
-          if (!sum.defined()) sum = at::zeros({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
-          multiply(sum.narrow(1, 0, c.columns), a, b, scale, /*beta=*/1);
-        };
-        if (grads.value.defined()) accumulate(grad_value, probs.transpose(1, 2), grad_out, rescale);
-        probs.reset();
-        if (grad_mask.defined()) {
-          Tensor part = mask_chunk(grad_mask, c, group);
-          const Tensor whole = grad_scores.view(four_dims);
-          std::vector<int64_t> summed;
-          for (int64_t d = 0; d < 4; ++d) {
-            if (part.size(d) == 1 && whole.size(d) > 1) summed.push_back(d);
-          }
-          part.add_(summed.empty() ? whole : whole.sum(summed, /*keepdim=*/true));
-          grad_scores = grad_scores.to(type);
-        }
-        if (grads.query.defined()) {
-          query_view(grads.query, c, group)
-              .copy_(product(grad_scores, k, call.scale)
-                         .view({c.batches, c.key_heads * group, c.rows, grads.query.size(3)}));
-        }
-        if (grads.key.defined()) accumulate(grad_key, grad_scores.transpose(1, 2), query, call.scale);
-      },
-      [&](const Chunk& c) {
-        const auto store = [&](const Tensor& to, const Tensor& sum) {
-          if (!to.defined()) return;
-          key_view(to, c, shape.S).copy_(sum.view({c.batches, c.key_heads, shape.S, to.size(3)}));
-        };
-        store(grads.key, grad_key);
-        store(grads.value, grad_value);
-      });
+      }
+      if (grads.key.defined()) accumulate(grad_key, grads.key, grad_scores.transpose(1, 2), query, call.scale);
+    });
+    const auto store = [&](const Tensor& target, const Tensor& sum) {
+      if (!target.defined()) return;
+      const Tensor view = key_view(target, all_rows, shape.S);
+      if (!is_direct(view, sum_type)) view.copy_(sum.view(view.sizes()));
+    };
+    store(grads.key, grad_key);
+    store(grads.value, grad_value);
+  });
 }
 
 }  // namespace sdpa
