@@ -16,6 +16,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's determini
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 
+GPU_WORKERS = 3  # of xdist's: more processes on one GPU wait for each other longer than they work
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        config.option.loadgroup = True
+    elif getattr(config.option, "dist", None) == "load":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [i for i in items if "cuda" in i.name or i.path.name == "test_kernels.py"]
+    for number, item in enumerate(on_gpu if torch.cuda.is_available() else []):
+        item.add_marker(pytest.mark.xdist_group(f"gpu{number % GPU_WORKERS}"))
+
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
