@@ -66,9 +66,9 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   if (variant.direction == Direction::kDecode) {
     int sms = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, output.get_device()));
-    const DecodeBlock block =
-        variant.backend == Backend::kFlash ? kFlashDecodeBlock : efficient_decode_block(variant.path, variant.head_dim);
-    params.split_parts = KeySplit::parts(params, block, sms);
+    params.split_parts = variant.backend == Backend::kFlash
+                             ? KeySplit::flash_parts(params, sms)
+                             : KeySplit::parts(params, efficient_decode_block(variant.path, variant.head_dim), sms);
     if (const int64_t size = KeySplit::scratch(params); size > 0) {
       scratch = at::empty({size}, output.options().dtype(at::kFloat));
       params.split_scratch = scratch.data_ptr<float>();

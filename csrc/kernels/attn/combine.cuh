@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const __grid_constant__ ForwardParams p, const float log2_of_unit) {
   constexpr int kWarps = kCombineThreads / 32, kCols = kHeadDim / 32;
   __shared__ float weights[KeySplit::kMostParts], sums[kWarps][kHeadDim];
+  let_successor_start();  // which waits for this kernel in its turn
   wait_for_predecessor();
-  let_successor_start();
   const int64_t row = blockIdx.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int parts = static_cast<int>(p.split_parts), Ev = static_cast<int>(p.Ev);

@@ -15,22 +15,32 @@ struct DecodeBlock {
   int64_t rows;       // queries times the query heads that share a key head
   int64_t per_sm;     // how many run on a multiprocessor at one time
   int64_t most_keys;  // float32 sums of more lose bits
+  int warps = 0;      // of flash's
 
   int64_t row_tiles(const ForwardParams& p) const { return (p.L * p.group + rows - 1) / rows; }
   // Without those that the keys are split over.
   int64_t blocks(const ForwardParams& p) const { return p.B * p.H / p.group * row_tiles(p); }
 };
-constexpr DecodeBlock kFlashDecodeBlock{16, 2, kMaxPosition};
+// Flash: one large block on each multiprocessor where all run at one time, else two small ones, of which one copies
+// while the other starts or ends.
+constexpr DecodeBlock kSmallDecodeBlock{16, 2, kMaxPosition, 4}, kLargeDecodeBlock{16, 1, kMaxPosition, 8};
+constexpr int kDecodeWarpBytes = 24 * 1024;  // of keys and values that a warp has or waits for
+constexpr int decode_shared_bytes(int warps) {
+  return warps * kDecodeWarpBytes;
+}
+inline bool runs_large_decode_blocks(const ForwardParams& p, int64_t blocks, int64_t sms) {
+  return blocks <= sms && p.shared_bytes >= decode_shared_bytes(kLargeDecodeBlock.warps);
+}
 // Older chips need fewer loads in flight, and Volta has no uniform registers.
 constexpr DecodeBlock efficient_decode_block(int path, int head_dim) {
   return {8, path < 80 || head_dim > 128 ? 2 : 3, 16384};
 }
 
 struct KeySplit {
-  static constexpr int64_t kKeyTile = 64;    // a part is a number of these
+  static constexpr int64_t kKeyTile = 64;
   static constexpr int64_t kLeastTiles = 4;  // of a part: fewer do not pay for combining
   static constexpr int64_t kMostParts = 256;
-  static constexpr double kWorthwhile = 0.97;  // of the time, for more parts
+  static constexpr double kWorthwhile = 0.95;  // of the time, for more parts
 
   // How many parts are best.
   static int64_t parts(const ForwardParams& p, const DecodeBlock& block, int64_t sms) {
@@ -51,6 +61,13 @@ struct KeySplit {
       best_time = now;
     }
     return best;
+  }
+
+  // The same for flash's kernel.
+  static int64_t flash_parts(const ForwardParams& p, int64_t sms) {
+    const int64_t of_large = parts(p, kLargeDecodeBlock, sms);
+    return runs_large_decode_blocks(p, kLargeDecodeBlock.blocks(p) * of_large, sms) ? of_large
+                                                                                    : parts(p, kSmallDecodeBlock, sms);
   }
 
   // Scratch in float32: for each query row and part its reference and its sum; then the outputs, not normalised.

@@ -1,8 +1,9 @@
 // Flash attention forward for short queries (decoding), on mma.sync: bound by the bytes of keys and values.
 //
 // The rows of a tile are the queries of all heads that share a key head, so that keys and values are read once for
-// them. A block takes a part of the keys (attn/split.h), each of its warps a quarter of every key tile with a softmax
-// of its own; the warps' sums are merged at the end, and those of the parts by a second kernel.
+// them. A block takes a part of the keys (attn/split.h), each of its warps every kWarps-th 16 of them, with a softmax
+// and copies of its own, so that no warp waits for another before the end; then the warps' sums are merged, and those
+// of the parts by a second kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,22 +22,76 @@
 
 namespace sdpa {
 
-template <class Arch, class T, int kHeadDim>
+template <class Arch, class T, int kHeadDim, int kWarps_>
 struct FlashDecode {
-  static constexpr int kWarps = 4, kThreads = kWarps * 32;
-  static constexpr int kRows = kFlashDecodeBlock.rows, kKeyTile = KeySplit::kKeyTile;
-  static_assert(kRows == 16 && kKeyTile == kWarps * 16);
-  static constexpr int kStages = 3, kAhead = kStages - 1;  // tiles under way while one is computed
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+  static constexpr int kRows = 16, kKeyTile = 16;  // keys of a warp
   static constexpr int kSteps = kHeadDim / 16;
-
-  using QueryTile = SharedTile<T, kRows, kHeadDim>;
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim>;  // of values too
-  static constexpr int kRingBytes = 2 * kStages * KeyTile::kBytes;
-  // The query passes through the last stage, the warps' sums through the whole ring.
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;  // of values too
+  static constexpr int kStageBytes = 2 * KeyTile::kBytes;
+  static constexpr int kStages = kDecodeWarpBytes / kStageBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  // The warps' sums go through the place of keys and values.
   static constexpr int kSumBytes = kWarps * kRows * (kHeadDim + 2) * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
-  static_assert(kSharedBytes <= Arch::kSharedBytes);
+  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static_assert(kSumBytes <= kSharedBytes && kSharedBytes == decode_shared_bytes(kWarps));
+  static_assert(kWarps > kSmallDecodeBlock.warps || kSharedBytes <= Arch::kSharedBytes);
+
+  // Starts the copies of 16 rows, by one warp; what lies outside the operand becomes zero.
+  static __device__ __forceinline__ void fetch(const KeyTile& tile, const HeadRows<const T>& source, int row0) {
+    using Access = typename HeadRows<const T>::Access;
+    constexpr int kChunks = KeyTile::kChunksPerRow, kRowStep = 32 / kChunks;
+    const int lane = threadIdx.x % 32, first = lane / kChunks, chunk = lane % kChunks, rows = source.rows - row0;
+    const int present = min(max(source.cols - chunk * kChunkElements, 0), kChunkElements);
+    const T* from = source.data + int64_t{row0 + first} * source.row_stride + chunk * kChunkElements;
+    if (source.access == Access::kChunk) {
+#pragma unroll
+      for (int row = 0; row < kKeyTile; row += kRowStep) {
+        cp_async<16>(tile.base + KeyTile::offset(first + row, chunk), from, first + row < rows ? present * 2 : 0);
+        from += kRowStep * source.row_stride;
+      }
+    } else if (source.access == Access::kWord) {
+#pragma unroll 1
+      for (int row = 0; row < kKeyTile; row += kRowStep) {
+        const int bytes = first + row < rows ? present * 2 : 0;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          cp_async<4>(tile.base + KeyTile::offset(first + row, chunk) + word * 4, from + word * 2,
+                      min(max(bytes - word * 4, 0), 4));
+        }
+        from += kRowStep * source.row_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int row = first; row < kKeyTile; row += kRowStep) {
+        const uint4 x = row < rows ? read_chunk(source, row0 + row, chunk * kChunkElements) : uint4{0, 0, 0, 0};
+        store_shared_16(tile.base + KeyTile::offset(row, chunk), x);
+      }
+    }
+  }
+
+  // Fetches the same rows as far as L2, which takes no notice of who writes to them.
+  static __device__ __forceinline__ void prefetch(const HeadRows<const T>& source, int row0) {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(T)), kLines = kHeadDim / kLine;
+    const int lane = threadIdx.x % 32, col = lane % kLines * kLine;
+    if (source.col_stride != 1 || col >= source.cols) return;
+#pragma unroll
+    for (int row = row0 + lane / kLines; row < row0 + kKeyTile; row += 32 / kLines) {
+      if (row < source.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(source.at(row, col)));
+    }
+  }
 };
+
+// Two neighbouring columns of a row, as they stand in an operand; zero past the last.
+template <class T>
+__device__ __forceinline__ uint32_t read_pair(const HeadRows<const T>& source, int row, int col) {
+  const T* const from = source.at(row, col);
+  if (col + 1 < source.cols && source.access != HeadRows<const T>::Access::kElement) {
+    return *reinterpret_cast<const uint32_t*>(from);
+  }
+  const uint16_t* const bits = reinterpret_cast<const uint16_t*>(from);
+  return (col < source.cols ? bits[0] : 0u) | (col + 1 < source.cols ? uint32_t{bits[source.col_stride]} << 16 : 0u);
+}
 
 // What is added to a score, in powers of two; -inf where the key takes no part, and else not below what the other
 // kernels go down to.
@@ -65,12 +120,13 @@ __device__ __forceinline__ float decode_bias(const ForwardParams& p, int64_t off
   }
 }
 
-template <class Arch, class T, int kHeadDim>
-__global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
+template <class Arch, class T, int kHeadDim, int kWarps>
+__global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim, kWarps>::kThreads)
     flash_decode_kernel(const __grid_constant__ ForwardParams p, const float scale_log2) {
-  using Flash = FlashDecode<Arch, T, kHeadDim>;
+  using Flash = FlashDecode<Arch, T, kHeadDim, kWarps>;
+  using KeyTile = typename Flash::KeyTile;
   using Product = Mma<Arch, T>;
-  constexpr int kSteps = Flash::kSteps, kKeyTile = Flash::kKeyTile, kThreads = Flash::kThreads;
+  constexpr int kSteps = Flash::kSteps, kKeyTile = Flash::kKeyTile;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block: some keys of a key head, and some of the rows that share it. Row r is query r % L of head
@@ -83,50 +139,50 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   const int batch = batch_key_head / key_heads, key_head = batch_key_head % key_heads;
   const int keys = static_cast<int>(p.is_causal ? min(p.L, p.S) : p.S);
   const int tiles = (keys + kKeyTile - 1) / kKeyTile;
-  const int first_tile = static_cast<int>(int64_t{tiles} * part / parts);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_tile = static_cast<int>(int64_t{tiles} * part / parts) + warp;  // of this warp
   const int end_tile = static_cast<int>(int64_t{tiles} * (part + 1) / parts);
 
-  const uint32_t base = shared_address(shared);
-  const auto key_tile = [&](int stage) { return typename Flash::KeyTile{base + stage * Flash::KeyTile::kBytes}; };
-  const auto value_tile = [&](int stage) { return key_tile(Flash::kStages + stage); };
+  const uint32_t base = shared_address(shared) + warp * Flash::kWarpBytes;
+  const auto key_tile = [&](int stage) { return KeyTile{base + stage * Flash::kStageBytes}; };
+  const auto value_tile = [&](int stage) { return KeyTile{base + stage * Flash::kStageBytes + KeyTile::kBytes}; };
   const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+  // A group of copies, also where there is no such tile.
   const auto fetch = [&](int tile, int stage) {
-    key_tile(stage).template fill<kThreads>(key, tile * kKeyTile);
-    value_tile(stage).template fill<kThreads>(value, tile * kKeyTile);
-  };
-  // Tile n of this block, if there is one; a group of copies in any case.
-  const auto fetch_group = [&](int n) {
-    if (first_tile + n < end_tile) fetch(first_tile + n, n % Flash::kStages);
+    if (tile < end_tile) {
+      Flash::fetch(key_tile(stage), key, tile * kKeyTile);
+      Flash::fetch(value_tile(stage), value, tile * kKeyTile);
+    }
     cp_async_end_group();
   };
+  const auto lane_offset = KeyTile::lane_offset();
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto lane_offset = Flash::KeyTile::lane_offset();
-
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Memory would be idle while the kernel before ends.
+  for (int tile = first_tile; tile < min(end_tile, first_tile + Flash::kStages * kWarps); tile += kWarps) {
+    Flash::prefetch(key, tile * kKeyTile);
+    Flash::prefetch(value, tile * kKeyTile);
+  }
+#endif
   wait_for_predecessor();
 #pragma unroll
-  for (int n = 0; n < Flash::kAhead; ++n) fetch_group(n);
-  const typename Flash::QueryTile query_tile{key_tile(Flash::kAhead).base};
-  for (int i = threadIdx.x; i < Flash::kRows * Flash::QueryTile::kChunksPerRow; i += kThreads) {
-    const int row = i / Flash::QueryTile::kChunksPerRow, chunk = i % Flash::QueryTile::kChunksPerRow;
-    uint4 x = {0, 0, 0, 0};
-    if (row0 + row < rows && chunk * kChunkElements < p.E) {
-      const HeadRows<const T> query(p.query, batch, key_head * group + (row0 + row) / L, p.L, p.E);
-      x = read_chunk(query, (row0 + row) % L, chunk * kChunkElements);
-    }
-    store_shared_16(query_tile.base + Flash::QueryTile::offset(row, chunk), x);
-  }
-  __syncthreads();
-  uint32_t query[kSteps][4];
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) query_tile.load_a(query[k], lane_offset, 0, k);
+  for (int n = 0; n < Flash::kStages - 1; ++n) fetch(first_tile + n * kWarps, n);
 
-  // Of this lane's two rows.
+  // This lane's two rows.
+  uint32_t query[kSteps][4];
   int64_t mask_offset[2];
   int last_key[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = row0 + lane / 4 + half * 8, l = row % L, head = key_head * group + row / L;
+    const HeadRows<const T> source(p.query, batch, row < rows ? head : 0, p.L, p.E);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int right = 0; right < 2; ++right) {
+        query[k][2 * right + half] = row < rows ? read_pair(source, l, k * 16 + right * 8 + lane % 4 * 2) : 0;
+      }
+    }
     last_key[half] = p.is_causal ? min(l, keys - 1) : keys - 1;
     mask_offset[half] = batch * p.attn_mask.stride[0] + head * p.attn_mask.stride[1] + l * p.attn_mask.stride[2];
   }
@@ -134,19 +190,19 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
 
   float reference[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.f, 0.f};  // sum: this lane's share
   float output[kHeadDim / 8][4] = {};
-  for (int tile = first_tile; tile < end_tile; ++tile) {
-    const int number = tile - first_tile, stage = number % Flash::kStages;
-    // This tile has landed, and every warp is done with the one before, whose stage is filled next.
-    cp_async_wait_groups<Flash::kAhead - 1>();
-    __syncthreads();
-    fetch_group(number + Flash::kAhead);
+  int stage = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < end_tile; tile += kWarps) {
+    cp_async_wait_groups<Flash::kStages - 2>();
+    __syncwarp();  // the other lanes' copies are there, too, and what is filled next has been read
+    fetch(tile + (Flash::kStages - 1) * kWarps, stage == 0 ? Flash::kStages - 1 : stage - 1);
 
     // S = Q K^T for this warp's 16 keys
     float scores[2][4] = {};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t b[4];
-      key_tile(stage).load_b_transposed(b, lane_offset, warp, k);
+      key_tile(stage).load_b_transposed(b, lane_offset, 0, k);
       Product::add(scores[0], query[k], b[0], b[1]);
       Product::add(scores[1], query[k], b[2], b[3]);
     }
@@ -154,7 +210,7 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
     float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int half = i / 2 % 2, column = tile * kKeyTile + warp * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const int half = i / 2 % 2, column = tile * kKeyTile + i / 4 * 8 + lane % 4 * 2 + i % 2;
       float& score = scores[i / 4][i % 4];
       float bias = column <= last_key[half] ? 0.f : -INFINITY;
       if (has_mask && bias == 0.f && row0 + lane / 4 + half * 8 < rows) {
@@ -196,10 +252,11 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
       uint32_t b[4];
-      value_tile(stage).load_b(b, lane_offset, warp, n);
+      value_tile(stage).load_b(b, lane_offset, 0, n);
       Product::add(output[2 * n], probability, b[0], b[1]);
       Product::add(output[2 * n + 1], probability, b[2], b[3]);
     }
+    if (++stage == Flash::kStages) stage = 0;
   }
 
   // The warps' sums through shared memory: outputs | references | sums, for each warp and row.
@@ -207,8 +264,8 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   cp_async_wait_all();
   __syncthreads();
   float* const outputs = reinterpret_cast<float*>(shared);
-  float* const references = outputs + Flash::kWarps * Flash::kRows * kHeadDim;
-  float* const totals = references + Flash::kWarps * Flash::kRows;
+  float* const references = outputs + kWarps * Flash::kRows * kHeadDim;
+  float* const totals = references + kWarps * Flash::kRows;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * Flash::kRows + lane / 4 + half * 8;
@@ -226,12 +283,12 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   __syncthreads();
   const int Ev = static_cast<int>(p.Ev);
 #pragma unroll 1
-  for (int row = warp; row < Flash::kRows && row0 + row < rows; row += Flash::kWarps) {
-    float top = -FLT_MAX, total = 0.f, factor[Flash::kWarps];
+  for (int row = warp; row < Flash::kRows && row0 + row < rows; row += kWarps) {
+    float top = -FLT_MAX, total = 0.f, factor[kWarps];
 #pragma unroll
-    for (int w = 0; w < Flash::kWarps; ++w) top = fmaxf(top, references[w * Flash::kRows + row]);
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, references[w * Flash::kRows + row]);
 #pragma unroll
-    for (int w = 0; w < Flash::kWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) {
       factor[w] = exp2_approx(references[w * Flash::kRows + row] - top);
       total += factor[w] * totals[w * Flash::kRows + row];
     }
@@ -246,7 +303,7 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
     for (int col = lane; col < Ev; col += 32) {
       float x = 0.f;
 #pragma unroll
-      for (int w = 0; w < Flash::kWarps; ++w) x += factor[w] * outputs[(w * Flash::kRows + row) * kHeadDim + col];
+      for (int w = 0; w < kWarps; ++w) x += factor[w] * outputs[(w * Flash::kRows + row) * kHeadDim + col];
       if (parts > 1) {
         p.split_scratch[p.B * p.H * L * parts * 2 + part_row * Ev + col] = x;
       } else {
@@ -256,18 +313,27 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim>::kThreads)
   }
 }
 
+template <class Arch, class T, int kHeadDim, int kWarps>
+cudaError_t launch_flash_decode(const ForwardParams& p, int64_t blocks, cudaStream_t stream) {
+  using Flash = FlashDecode<Arch, T, kHeadDim, kWarps>;
+  constexpr auto kKernel = flash_decode_kernel<Arch, T, kHeadDim, kWarps>;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  return launch_early<kKernel>(dim3(static_cast<unsigned>(blocks)), Flash::kThreads, Flash::kSharedBytes, stream, p,
+                               p.scale * kLog2E);
+}
+
 // L from 1 to 16, E and Ev from 1 to kHeadDim, no dropout; writes no LSE.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_decode(const ForwardParams& p, cudaStream_t stream) {
-  using Flash = FlashDecode<Arch, T, kHeadDim>;
-  constexpr auto kKernel = flash_decode_kernel<Arch, T, kHeadDim>;
-  const int64_t blocks = kFlashDecodeBlock.blocks(p) * p.split_parts;
-  if (p.S > INT32_MAX - Flash::kKeyTile || blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t blocks = kSmallDecodeBlock.blocks(p) * p.split_parts;
+  if (p.S > kMaxPosition || blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (KeySplit::scratch(p) > 0 && p.split_scratch == nullptr) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
-  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  const auto error = launch_early<kKernel>(dim3(static_cast<unsigned>(blocks)), Flash::kThreads, Flash::kSharedBytes,
-                                           stream, p, p.scale * kLog2E);
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  const auto error = runs_large_decode_blocks(p, blocks, multiprocessors)
+                         ? launch_flash_decode<Arch, T, kHeadDim, kLargeDecodeBlock.warps>(p, blocks, stream)
+                         : launch_flash_decode<Arch, T, kHeadDim, kSmallDecodeBlock.warps>(p, blocks, stream);
   if (error != cudaSuccess) return error;
   return combine_parts<Arch, T, kHeadDim>(p, /*log2_of_unit=*/1.f, stream);
 }
