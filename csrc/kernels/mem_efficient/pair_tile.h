@@ -88,15 +88,15 @@ struct PairTile {
   // Chunk of a group's first (half 0) or last two of four neighbours: such that no two threads that store together meet
   // in a bank.
   static __host__ __device__ constexpr int chunk(int group, int half) {
-    return kGroups == 8 ? group + 8 * half : 2 * group + half;
+    return kGroups >= 8 ? group + kGroups * half : 2 * group + half;
   }
   // The 16 columns that step n of a product along the columns takes, so that 32 neighbouring columns are two steps.
   static __host__ __device__ constexpr int column_block(int step) {
-    return kGroups == 8 ? step / 2 + step % 2 * 4 : step;
+    return kGroups >= 8 ? step / 2 + step % 2 * (kGroups / 2) : step;
   }
   // The result (index c of WarpTile) that column i of the eight in a chunk is for lane t, where i = 2t or 2t + 1.
   static __host__ __device__ constexpr int result(int chunk, int i) {
-    return kGroups == 8 ? chunk % 8 * 4 + chunk / 8 * 2 + i : chunk / 2 * 4 + chunk % 2 * 2 + i;
+    return kGroups >= 8 ? chunk % kGroups * 4 + chunk / kGroups * 2 + i : chunk / 2 * 4 + chunk % 2 * 2 + i;
   }
 
   // As Part's, anew.
@@ -158,10 +158,7 @@ struct PairTile {
   // Fills the tile with what this thread fetched, times `sign`. `number`: of this tile, not that of any before.
   __device__ __forceinline__ void take(uint32_t staging, int number, float sign = 1.f) const {
     const uint32_t from = staged(staging, 0, 0);
-    fill(number, sign, [&](int n, int t) {
-      const uint4 v = load_shared_16(from + (n * 4 + t) * kThreads * 16);
-      return float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-    });
+    fill(number, sign, [&](int n, int t) { return read_staged(from, n, t); });
   }
   // Fills it from where the numbers are, which takes longer.
   __device__ __forceinline__ void take(const Matrix<const float>& m, int first_row, int first_col, int number,
@@ -171,6 +168,26 @@ struct PairTile {
     fill(number, sign, [&](int n, int t) {
       return row + n * kRowStep < m.rows ? m.quad_at(row + n * kRowStep, col + 8 * t) : float4{0.f, 0.f, 0.f, 0.f};
     });
+  }
+
+  // Where what was fetched lies in the tile's own place: all threads have read theirs before any writes.
+  template <class Sync>
+  __device__ __forceinline__ void take_over(uint32_t staging, int number, Sync sync) const {
+    Unit unit[kUnits];
+    {
+      const Place place = Place::of_thread();
+      const uint32_t from = staged(staging, 0, 0);
+#pragma unroll
+      for (int n = 0; n < kUnits; ++n) {
+        split_unit(unit[n], place, n, number, 1.f, [&](int n, int t) { return read_staged(from, n, t); });
+      }
+    }
+    sync();
+    const Place place = Place::of_thread();
+    const uint32_t to[2] = {Part::offset(place.row, chunk(place.group, 0)),
+                            Part::offset(place.row, chunk(place.group, 1))};
+#pragma unroll
+    for (int n = 0; n < kUnits; ++n) store_unit(unit[n], to, n);
   }
 
   // To be called once, before the tile is first filled, and a barrier before it is next.
@@ -184,6 +201,10 @@ struct PairTile {
   __device__ __forceinline__ float factor(int row) const { return load_shared_4(factors + row * 4); }
 
  private:
+  __device__ __forceinline__ static float4 read_staged(uint32_t from, int n, int t) {
+    const uint4 v = load_shared_16(from + (n * 4 + t) * kThreads * 16);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+  }
   __device__ __forceinline__ static float largest(const HalfPair<kSplit, 4>& first, const HalfPair<kSplit, 4>& last) {
     __half2 most = __float2half2_rn(0.f);
 #pragma unroll
@@ -216,6 +237,40 @@ struct PairTile {
     return power_of_two(kShift - exponent);
   }
 
+  // What a thread has of unit n of the tile, in parts; keeps the row's factor.
+  struct Unit {
+    HalfPair<kSplit, 4> first, last;
+  };
+  template <class Read>
+  __device__ __forceinline__ void split_unit(Unit& unit, const Place& place, int n, int number, float sign,
+                                             Read read) const {
+    float4 x[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) x[t] = read(n, t);
+    const auto split = [&](float multiplier) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        unit.first.set(t, x[t].x * multiplier, x[t].y * multiplier);
+        unit.last.set(t, x[t].z * multiplier, x[t].w * multiplier);
+      }
+    };
+    split(sign * power_of_two(kShift));
+    float factor = 1.f;
+    // A look at this thread's numbers will mostly do.
+    if (!__all_sync(~0u, is_usual(largest(unit.first, unit.last)))) factor = split_unusual(number, sign, x, split);
+    if (place.group == 0) store_shared_4(factors + (place.row + n * kRowStep) * 4, __float_as_uint(factor));
+  }
+  __device__ __forceinline__ void store_unit(const Unit& unit, const uint32_t (&to)[2], int n) const {
+    const auto store = [](uint32_t at, const uint32_t (&x)[4]) { store_shared_16(at, {x[0], x[1], x[2], x[3]}); };
+    const uint32_t at = n * kRowStep * Part::kRowBytes;
+    store(big.base + at + to[0], unit.first.big);
+    store(big.base + at + to[1], unit.last.big);
+    if constexpr (kSplit) {
+      store(small.base + at + to[0], unit.first.small);
+      store(small.base + at + to[1], unit.last.small);
+    }
+  }
+
   template <class Read>
   __device__ __forceinline__ void fill(int number, float sign, Read read) const {
     const Place place = Place::of_thread();
@@ -223,29 +278,9 @@ struct PairTile {
                             Part::offset(place.row, chunk(place.group, 1))};
 #pragma unroll
     for (int n = 0; n < kUnits; ++n) {
-      float4 x[4];
-#pragma unroll
-      for (int t = 0; t < 4; ++t) x[t] = read(n, t);
-      HalfPair<kSplit, 4> first, last;
-      const auto split = [&](float multiplier) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          first.set(t, x[t].x * multiplier, x[t].y * multiplier);
-          last.set(t, x[t].z * multiplier, x[t].w * multiplier);
-        }
-      };
-      split(sign * power_of_two(kShift));
-      float factor = 1.f;
-      // A look at this thread's numbers will mostly do.
-      if (!__all_sync(~0u, is_usual(largest(first, last)))) factor = split_unusual(number, sign, x, split);
-      const uint32_t at = n * kRowStep * Part::kRowBytes;
-      store_shared_16(big.base + at + to[0], {first.big[0], first.big[1], first.big[2], first.big[3]});
-      store_shared_16(big.base + at + to[1], {last.big[0], last.big[1], last.big[2], last.big[3]});
-      if constexpr (kSplit) {
-        store_shared_16(small.base + at + to[0], {first.small[0], first.small[1], first.small[2], first.small[3]});
-        store_shared_16(small.base + at + to[1], {last.small[0], last.small[1], last.small[2], last.small[3]});
-      }
-      if (place.group == 0) store_shared_4(factors + (place.row + n * kRowStep) * 4, __float_as_uint(factor));
+      Unit unit;
+      split_unit(unit, place, n, number, sign, read);
+      store_unit(unit, to, n);
     }
   }
 };
@@ -377,15 +412,32 @@ __device__ __forceinline__ void take_on_factors(Scores<Warp>& score, const Tile&
   }
 }
 
-// Multiplies each row of scores by the power of two that brings its largest into float16's range; gives the inverse.
+// What a warp that has rows alone has to know of other warps.
 template <class Warp>
-__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned]) {
+struct OwnRows {
+  __device__ __forceinline__ bool any(bool x) const { return __any_sync(~0u, x); }
+  // From each lane's share of the rows to that of the rows.
+  __device__ __forceinline__ void find_row_max(float (&x)[Warp::kRowsOwned]) const {
+#pragma unroll
+    for (int i = 0; i < Warp::kRowsOwned; ++i) x[i] = Warp::row_max(x[i]);
+  }
+};
+
+// Multiplies each row of scores by the power of two that brings its largest into float16's range; gives the inverse.
+template <class Warp, class Rows = OwnRows<Warp>>
+__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned],
+                                                 const Rows& rows = {}) {
+  float most[Warp::kRowsOwned];
 #pragma unroll
   for (int i = 0; i < Warp::kRowsOwned; ++i) {
-    float most = 0.f;
+    most[i] = 0.f;
 #pragma unroll
-    for (int j = 0; j < Warp::kColumnsOwned; ++j) most = fmaxf(most, fabsf(score[i][j]));
-    const int exponent = max(__float_as_int(Warp::row_max(most)) >> 23, 127 - 100) - 127;  // of 2^-100 or more
+    for (int j = 0; j < Warp::kColumnsOwned; ++j) most[i] = fmaxf(most[i], fabsf(score[i][j]));
+  }
+  rows.find_row_max(most);
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    const int exponent = max(__float_as_int(most[i]) >> 23, 127 - 100) - 127;  // of 2^-100 or more
     inverse[i] = power_of_two(exponent - 14);
 #pragma unroll
     for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] *= power_of_two(14 - exponent);
@@ -469,7 +521,7 @@ __device__ __forceinline__ void multiply_columns(const ScorePairs<kSplit, Warp>&
 #pragma unroll
     for (int k = 0; k < Warp::kSteps; ++k) {
       HalfPair<kSplit, 4> b;
-      load_rows(b, rows, lane, k, Tile::column_block(step) + block * (Tile::kGroups == 8 ? 1 : 2));
+      load_rows(b, rows, lane, k, Tile::column_block(step) + block * (Tile::kGroups >= 8 ? 1 : 2));
       multiply_add(sum, score.a[k], b, k == 0);
     }
 #pragma unroll
