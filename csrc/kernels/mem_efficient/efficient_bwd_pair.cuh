@@ -461,16 +461,15 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
   }
 }
 
-template <class Arch, int kHeadDim, bool kSplit, int kChunks>
-cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Shape = PairBackward<Arch, kHeadDim, kSplit, kChunks>;
+// columns: of the gradients, that one block of the main kernel makes.
+template <class Arch, int kHeadDim, bool kSplit, class Shape, auto kMain>
+cudaError_t launch_pair_kernels(const BackwardParams& p, int columns, cudaStream_t stream) {
   constexpr auto kDelta = &pair_delta_kernel<Arch, kHeadDim, kSplit>;
-  constexpr auto kMain = &pair_backward_kernel<Arch, kHeadDim, kSplit, kChunks>;
   using DeltaTile = PairTile<64, kHeadDim, 128, kSplit>;
   constexpr int kDeltaBytes = 2 * (DeltaTile::kBytes + DeltaTile::kFactorBytes);
   static_assert(kDeltaBytes <= Arch::kSharedBytes);
   const bool wants_query = p.grad_query.data != nullptr;
-  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition || !fits_pairs<kHeadDim>(p)) return cudaErrorInvalidValue;
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   if (wants_query && (p.grad_query_accum == nullptr || (p.deterministic && p.grad_query_turns == nullptr))) {
     return cudaErrorInvalidValue;
   }
@@ -486,7 +485,7 @@ cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
   const auto order = BlockOrder::make(ceil_div(p.S, Shape::kKeys), p.B * (p.H / p.group), bytes_per_key_head);
   if (order.blocks() > 0) {
     if (error = allow_shared_bytes<kMain>(Shape::kSharedBytes); error != cudaSuccess) return error;
-    const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(std::max(p.E, p.Ev), kHeadDim)));
+    const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(std::max(p.E, p.Ev), columns)));
     kMain<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, order);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
@@ -496,6 +495,13 @@ cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
     error = cudaGetLastError();
   }
   return error;
+}
+
+template <class Arch, int kHeadDim, bool kSplit, int kChunks>
+cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
+  if (!fits_pairs<kHeadDim>(p)) return cudaErrorInvalidValue;
+  return launch_pair_kernels<Arch, kHeadDim, kSplit, PairBackward<Arch, kHeadDim, kSplit, kChunks>,
+                             &pair_backward_kernel<Arch, kHeadDim, kSplit, kChunks>>(p, kHeadDim, stream);
 }
 
 template <class Arch, int kHeadDim, bool kSplit>

@@ -172,14 +172,14 @@ struct PairTile {
 
   // Where what was fetched lies in the tile's own place: all threads have read theirs before any writes.
   template <class Sync>
-  __device__ __forceinline__ void take_over(uint32_t staging, int number, Sync sync) const {
+  __device__ __forceinline__ void take_over(uint32_t staging, int number, Sync sync, float sign = 1.f) const {
     Unit unit[kUnits];
     {
       const Place place = Place::of_thread();
       const uint32_t from = staged(staging, 0, 0);
 #pragma unroll
       for (int n = 0; n < kUnits; ++n) {
-        split_unit(unit[n], place, n, number, 1.f, [&](int n, int t) { return read_staged(from, n, t); });
+        split_unit(unit[n], place, n, number, sign, [&](int n, int t) { return read_staged(from, n, t); });
       }
     }
     sync();
@@ -423,18 +423,21 @@ struct OwnRows {
   }
 };
 
-// Multiplies each row of scores by the power of two that brings its largest into float16's range; gives the inverse.
-template <class Warp, class Rows = OwnRows<Warp>>
-__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned],
-                                                 const Rows& rows = {}) {
-  float most[Warp::kRowsOwned];
+// The largest of this lane's scores, in each row.
+template <class Warp>
+__device__ __forceinline__ void find_largest(const Scores<Warp>& score, float (&most)[Warp::kRowsOwned]) {
 #pragma unroll
   for (int i = 0; i < Warp::kRowsOwned; ++i) {
     most[i] = 0.f;
 #pragma unroll
     for (int j = 0; j < Warp::kColumnsOwned; ++j) most[i] = fmaxf(most[i], fabsf(score[i][j]));
   }
-  rows.find_row_max(most);
+}
+
+// Multiplies each row of scores by the power of two that brings `most` into float16's range; gives the inverse.
+template <class Warp>
+__device__ __forceinline__ void scale_into_range(Scores<Warp>& score, const float (&most)[Warp::kRowsOwned],
+                                                 float (&inverse)[Warp::kRowsOwned]) {
 #pragma unroll
   for (int i = 0; i < Warp::kRowsOwned; ++i) {
     const int exponent = max(__float_as_int(most[i]) >> 23, 127 - 100) - 127;  // of 2^-100 or more
@@ -442,6 +445,16 @@ __device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&in
 #pragma unroll
     for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] *= power_of_two(14 - exponent);
   }
+}
+
+// The same by the row's largest.
+template <class Warp, class Rows = OwnRows<Warp>>
+__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned],
+                                                 const Rows& rows = {}) {
+  float most[Warp::kRowsOwned];
+  find_largest<Warp>(score, most);
+  rows.find_row_max(most);
+  scale_into_range<Warp>(score, most, inverse);
 }
 
 // Calls use(i, c, x) for every result x = scores times rows of a tile from 16 * block0, a product of kColumns by

@@ -27,22 +27,37 @@ struct SharedRows {
   __device__ __forceinline__ uint32_t place(int half, int i) const {
     return maxima + (half * Warp::kRowBlocks * 16 + Warp::row(i)) * 4;
   }
+  __device__ __forceinline__ void put(int i, float x) const { store_shared_4(place(half, i), __float_as_uint(x)); }
+  __device__ __forceinline__ float get(int i) const { return load_shared_4(place(half ^ 1, i)); }
   __device__ __forceinline__ bool any(bool x) const { return sync_threads_or<64>(barrier, x); }
   // Calls use(i, x) with what the other warp passed as x[i], which a row's four lanes have alike.
   template <class F>
   __device__ __forceinline__ void exchange(const float (&x)[Warp::kRowsOwned], F use) const {
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
-      if (threadIdx.x % 4 == 0) store_shared_4(place(half, i), __float_as_uint(x[i]));
+      if (threadIdx.x % 4 == 0) put(i, x[i]);
     }
     sync_threads<64>(barrier);
 #pragma unroll
-    for (int i = 0; i < Warp::kRowsOwned; ++i) use(i, load_shared_4(place(half ^ 1, i)));
+    for (int i = 0; i < Warp::kRowsOwned; ++i) use(i, get(i));
   }
   __device__ __forceinline__ void find_row_max(float (&x)[Warp::kRowsOwned]) const {
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) x[i] = Warp::row_max(x[i]);
     exchange(x, [&](int i, float other) { x[i] = fmaxf(x[i], other); });
+  }
+  // Of two kinds of scores at once.
+  __device__ __forceinline__ void find_row_max(float (&x)[2][Warp::kRowsOwned]) const {
+#pragma unroll
+    for (int i = 0; i < Warp::kRowsOwned; ++i) {
+      x[0][i] = Warp::row_max(x[0][i]);
+      x[1][i] = Warp::row_max(x[1][i]);
+      if (threadIdx.x % 4 == 0) set(1).put(i, x[1][i]);
+    }
+    exchange(x[0], [&](int i, float other) {
+      x[0][i] = fmaxf(x[0][i], other);
+      x[1][i] = fmaxf(x[1][i], set(1).get(i));
+    });
   }
 };
 
