@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
   const auto keys = [&] { return Matrix<const float>::of(p.key, here().batch, here().key_head, p.S, p.E); };
   const auto values = [&] { return Matrix<const float>::of(p.value, here().batch, here().key_head, p.S, p.Ev); };
   const auto fetch = [&](int head, int first_query) {
-    QueryTile::fetch(query_base, Matrix<const float>::of(p.query, here().batch, head, p.L, p.E), first_query, 0);
-    QueryTile::fetch(grad_base, Matrix<const float>::of(p.grad_output, here().batch, head, p.L, p.Ev), first_query, 0);
+    query_tile.fetch_in_place(Matrix<const float>::of(p.query, here().batch, head, p.L, p.E), first_query, 0);
+    grad_tile.fetch_in_place(Matrix<const float>::of(p.grad_output, here().batch, head, p.L, p.Ev), first_query, 0);
   };
   const auto statistics_of = [&](int head, int first_query) {
     const int row = fresh_thread_index();
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
 #pragma unroll 1
   for (int step = 0; first_query < p.L && head < (here().key_head + 1) * group; ++step) {
     cp_async_wait_all();
-    query_tile.take_over(query_base, step, [] { __syncthreads(); }, scale.query_sign);
-    grad_tile.take_over(grad_base, step, [] { __syncthreads(); });
+    query_tile.take_in_place(step, scale.query_sign);
+    grad_tile.take_in_place(step);
     __syncthreads();
     const bool is_last_of_head = first_query + kQueries >= p.L;
     const int next_head = is_last_of_head ? head + 1 : head;

@@ -93,7 +93,11 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
   const BlockRange<Shape::kRows, Shape::kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const auto matters = [&](int first_key) { return range.matters(here().first_query, first_key); };
   const auto fetch_keys = [&](int first_key) {
-    if (matters(first_key)) KeyTile::fetch(key_base, keys(), first_key, 0);
+    if (matters(first_key)) key_tile.fetch_in_place(keys(), first_key, 0);
+  };
+  const auto take_keys = [&](int first_key) {
+    cp_async_wait_all();
+    if (matters(first_key)) key_tile.take_in_place(first_key);
   };
   fetch_keys(0);
   query_tile.take(queries(), here().first_query, 0, 0, scale.query_sign);
@@ -123,13 +127,11 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
     }
   };
   if (Shape::kParks) park();
+  take_keys(0);
 #pragma unroll 1
   for (int first_key = 0; matters(first_key); first_key += Shape::kKeys) {
-    cp_async_wait_all();
-    key_tile.take_over(key_base, first_key, [] { __syncthreads(); });  // nobody reads the values before any more
-    KeyTile::fetch(value_base, values(), first_key, 0);
-    __syncthreads();
-
+    __syncthreads();  // the keys are there, and nobody reads values any more
+    value_tile.fetch_in_place(values(), first_key, 0);
     const bool sees = !p.is_causal || first_key < warp_query() + Shape::kWarpRows;  // some key for one of its queries
     Scores<Warp> score;
     if (sees) {
@@ -137,14 +139,18 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
                                                 first_key, static_cast<int>(p.E));
     }
     cp_async_wait_all();
-    value_tile.take_over(value_base, first_key, [] { __syncthreads(); });  // nor the keys
-    fetch_keys(first_key + Shape::kKeys);
+    value_tile.take_in_place(first_key);
 
     HalfPair<kSplit, 4> own[kRowBlocks];
-    float unscale[Warp::kRowsOwned];
+    const auto share = [&] {
+      const ScorePairs<kSplit, Warp> pairs(score);
 #pragma unroll
-    for (float& x : unscale) x = 1.f;
-    const bool has_factors = value_tile.has_factors(first_key);
+      for (int m = 0; m < kRowBlocks; ++m) {
+        own[m] = pairs.a[0][m];
+        probabilities(0).put_a(own[m].big, m, half());
+        if constexpr (kSplit) probabilities(1).put_a(own[m].small, m, half());
+      }
+    };
     if (sees) {
       const int own_key = first_key + half() * Shape::kHalf;
       const auto mask = [&] { return Mask::of(p, here().batch, here().head); };
@@ -156,20 +162,21 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
         const Dropout dropout = Dropout::make(p.dropout_p, *p.seed);
         drop_scores<Warp>(score, dropout, p.first_batch_head + here().batch * p.H + here().head, warp_query(), own_key);
       }
+      share();
+    }
+    __syncthreads();  // probabilities and values are there, and nobody reads keys any more
+    fetch_keys(first_key + Shape::kKeys);
+    if (sees) {
+      float unscale[Warp::kRowsOwned];
+#pragma unroll
+      for (float& x : unscale) x = 1.f;
+      const bool has_factors = value_tile.has_factors(first_key);
       if (has_factors) {
         take_on_factors<Warp>(score, value_tile, half());
         bring_into_range<Warp>(score, unscale, rows().set(1));
+        share();
+        sync_threads<64>(rows().barrier);
       }
-      const ScorePairs<kSplit, Warp> pairs(score);
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        own[m] = pairs.a[0][m];
-        probabilities(0).put_a(own[m].big, m, half());
-        if constexpr (kSplit) probabilities(1).put_a(own[m].small, m, half());
-      }
-    }
-    __syncthreads();
-    if (sees) {
       HalfPair<kSplit, 4> other[kRowBlocks];
       const LaneOffset lane = ScorePart::lane_offset();
 #pragma unroll
@@ -199,6 +206,7 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
             [&](int i, int c, float x) { keep(i, c, fmaf(x, unscale[i], start(i, c))); });
       }
     }
+    take_keys(first_key + Shape::kKeys);
   }
   cp_async_wait_all();
   __syncthreads();  // nobody reads maxima any more

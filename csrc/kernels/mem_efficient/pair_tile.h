@@ -120,45 +120,20 @@ struct PairTile {
   // matrix has nothing. Complete, for this thread, after cp_async_wait_all.
   __device__ __forceinline__ static void fetch(uint32_t staging, const Matrix<const float>& m, int first_row,
                                                int first_col) {
-    const Place place = Place::of_thread();
-    const int rows_left = m.rows - first_row - place.row, cols_left = m.cols - first_col - place.col;
-    const float* from = m.at(first_row + place.row, first_col + place.col);
     const uint32_t to = staged(staging, 0, 0);
-    if (m.quads && first_row + kRows <= m.rows && first_col + kCols <= m.cols) {
-#pragma unroll
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) cp_async<16>(to + (n * 4 + t) * kThreads * 16, from + 8 * t, 16);
-      }
-    } else if (m.quads) {
-#pragma unroll 1
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int present = n * kRowStep < rows_left ? min(max(cols_left - 8 * t, 0), 4) : 0;
-          cp_async<16>(to + (n * 4 + t) * kThreads * 16, from + 8 * t, present * 4);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll 1
-        for (int t = 0; t < 4; ++t) {
-          const int present = n * kRowStep < rows_left ? cols_left - 8 * t : 0;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            cp_async<4>(to + (n * 4 + t) * kThreads * 16 + c * 4, from + (8 * t + c) * m.col_stride,
-                        c < present ? 4 : 0);
-          }
-        }
-      }
-    }
+    fetch_to([to](int n, int t) { return to + (n * 4 + t) * kThreads * 16; }, m, first_row, first_col);
+  }
+  // The same to where this thread's part of the tile will stand. (One part is half as large as what it is made of; the
+  // rest lies behind it.)
+  __device__ __forceinline__ void fetch_in_place(const Matrix<const float>& m, int first_row, int first_col) const {
+    const OwnPlaces to = own_places();
+    fetch_to([to](int n, int t) { return to(n, t); }, m, first_row, first_col);
   }
 
   // Fills the tile with what this thread fetched, times `sign`. `number`: of this tile, not that of any before.
   __device__ __forceinline__ void take(uint32_t staging, int number, float sign = 1.f) const {
     const uint32_t from = staged(staging, 0, 0);
-    fill(number, sign, [&](int n, int t) { return read_staged(from, n, t); });
+    fill(number, sign, [&](int n, int t) { return read_quad(from + (n * 4 + t) * kThreads * 16); });
   }
   // Fills it from where the numbers are, which takes longer.
   __device__ __forceinline__ void take(const Matrix<const float>& m, int first_row, int first_col, int number,
@@ -170,24 +145,10 @@ struct PairTile {
     });
   }
 
-  // Where what was fetched lies in the tile's own place: all threads have read theirs before any writes.
-  template <class Sync>
-  __device__ __forceinline__ void take_over(uint32_t staging, int number, Sync sync, float sign = 1.f) const {
-    Unit unit[kUnits];
-    {
-      const Place place = Place::of_thread();
-      const uint32_t from = staged(staging, 0, 0);
-#pragma unroll
-      for (int n = 0; n < kUnits; ++n) {
-        split_unit(unit[n], place, n, number, sign, [&](int n, int t) { return read_staged(from, n, t); });
-      }
-    }
-    sync();
-    const Place place = Place::of_thread();
-    const uint32_t to[2] = {Part::offset(place.row, chunk(place.group, 0)),
-                            Part::offset(place.row, chunk(place.group, 1))};
-#pragma unroll
-    for (int n = 0; n < kUnits; ++n) store_unit(unit[n], to, n);
+  // Of what was fetched in place.
+  __device__ __forceinline__ void take_in_place(int number, float sign = 1.f) const {
+    const OwnPlaces from = own_places();
+    fill(number, sign, [&](int n, int t) { return read_quad(from(n, t)); });
   }
 
   // To be called once, before the tile is first filled, and a barrier before it is next.
@@ -201,9 +162,57 @@ struct PairTile {
   __device__ __forceinline__ float factor(int row) const { return load_shared_4(factors + row * 4); }
 
  private:
-  __device__ __forceinline__ static float4 read_staged(uint32_t from, int n, int t) {
-    const uint4 v = load_shared_16(from + (n * 4 + t) * kThreads * 16);
+  __device__ __forceinline__ static float4 read_quad(uint32_t from) {
+    const uint4 v = load_shared_16(from);
     return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+  }
+
+  // Where this thread's chunks of the tile stand: 0 and 1 of a unit in the first part, 2 and 3 in the second.
+  struct OwnPlaces {
+    uint32_t even, odd;
+    __device__ __forceinline__ uint32_t operator()(int n, int t) const {
+      return (t % 2 == 0 ? even : odd) + t / 2 * Part::kBytes + n * kRowStep * Part::kRowBytes;
+    }
+  };
+  __device__ __forceinline__ OwnPlaces own_places() const {
+    const Place place = Place::of_thread();
+    return {big.base + Part::offset(place.row, chunk(place.group, 0)),
+            big.base + Part::offset(place.row, chunk(place.group, 1))};
+  }
+
+  template <class To>
+  __device__ __forceinline__ static void fetch_to(To to, const Matrix<const float>& m, int first_row, int first_col) {
+    const Place place = Place::of_thread();
+    const int rows_left = m.rows - first_row - place.row, cols_left = m.cols - first_col - place.col;
+    const float* from = m.at(first_row + place.row, first_col + place.col);
+    if (m.quads && first_row + kRows <= m.rows && first_col + kCols <= m.cols) {
+#pragma unroll
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) cp_async<16>(to(n, t), from + 8 * t, 16);
+      }
+    } else if (m.quads) {
+#pragma unroll 1
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const int present = n * kRowStep < rows_left ? min(max(cols_left - 8 * t, 0), 4) : 0;
+          cp_async<16>(to(n, t), from + 8 * t, present * 4);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll 1
+        for (int t = 0; t < 4; ++t) {
+          const int present = n * kRowStep < rows_left ? cols_left - 8 * t : 0;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            cp_async<4>(to(n, t) + c * 4, from + (8 * t + c) * m.col_stride, c < present ? 4 : 0);
+          }
+        }
+      }
+    }
   }
   __device__ __forceinline__ static float largest(const HalfPair<kSplit, 4>& first, const HalfPair<kSplit, 4>& last) {
     __half2 most = __float2half2_rn(0.f);
@@ -237,50 +246,34 @@ struct PairTile {
     return power_of_two(kShift - exponent);
   }
 
-  // What a thread has of unit n of the tile, in parts; keeps the row's factor.
-  struct Unit {
-    HalfPair<kSplit, 4> first, last;
-  };
-  template <class Read>
-  __device__ __forceinline__ void split_unit(Unit& unit, const Place& place, int n, int number, float sign,
-                                             Read read) const {
-    float4 x[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) x[t] = read(n, t);
-    const auto split = [&](float multiplier) {
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        unit.first.set(t, x[t].x * multiplier, x[t].y * multiplier);
-        unit.last.set(t, x[t].z * multiplier, x[t].w * multiplier);
-      }
-    };
-    split(sign * power_of_two(kShift));
-    float factor = 1.f;
-    // A look at this thread's numbers will mostly do.
-    if (!__all_sync(~0u, is_usual(largest(unit.first, unit.last)))) factor = split_unusual(number, sign, x, split);
-    if (place.group == 0) store_shared_4(factors + (place.row + n * kRowStep) * 4, __float_as_uint(factor));
-  }
-  __device__ __forceinline__ void store_unit(const Unit& unit, const uint32_t (&to)[2], int n) const {
-    const auto store = [](uint32_t at, const uint32_t (&x)[4]) { store_shared_16(at, {x[0], x[1], x[2], x[3]}); };
-    const uint32_t at = n * kRowStep * Part::kRowBytes;
-    store(big.base + at + to[0], unit.first.big);
-    store(big.base + at + to[1], unit.last.big);
-    if constexpr (kSplit) {
-      store(small.base + at + to[0], unit.first.small);
-      store(small.base + at + to[1], unit.last.small);
-    }
-  }
-
   template <class Read>
   __device__ __forceinline__ void fill(int number, float sign, Read read) const {
     const Place place = Place::of_thread();
-    const uint32_t to[2] = {Part::offset(place.row, chunk(place.group, 0)),
-                            Part::offset(place.row, chunk(place.group, 1))};
+    const OwnPlaces to = own_places();
 #pragma unroll
     for (int n = 0; n < kUnits; ++n) {
-      Unit unit;
-      split_unit(unit, place, n, number, sign, read);
-      store_unit(unit, to, n);
+      float4 x[4];
+#pragma unroll
+      for (int t = 0; t < 4; ++t) x[t] = read(n, t);
+      HalfPair<kSplit, 4> first, last;
+      const auto split = [&](float multiplier) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          first.set(t, x[t].x * multiplier, x[t].y * multiplier);
+          last.set(t, x[t].z * multiplier, x[t].w * multiplier);
+        }
+      };
+      split(sign * power_of_two(kShift));
+      float factor = 1.f;
+      // A look at this thread's numbers will mostly do.
+      if (!__all_sync(~0u, is_usual(largest(first, last)))) factor = split_unusual(number, sign, x, split);
+      store_shared_16(to(n, 0), {first.big[0], first.big[1], first.big[2], first.big[3]});
+      store_shared_16(to(n, 1), {last.big[0], last.big[1], last.big[2], last.big[3]});
+      if constexpr (kSplit) {
+        store_shared_16(to(n, 2), {first.small[0], first.small[1], first.small[2], first.small[3]});
+        store_shared_16(to(n, 3), {last.small[0], last.small[1], last.small[2], last.small[3]});
+      }
+      if (place.group == 0) store_shared_4(factors + (place.row + n * kRowStep) * 4, __float_as_uint(factor));
     }
   }
 };
