@@ -354,22 +354,17 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
   }
 }
 
-// Products that are sums over chunks of columns, kMost of them or (0) any number: part(x, e) gives those of the chunk
-// at e.
-template <class Warp, int kMost = 0, class F>
+// Products that are sums over chunks of columns: part(x, e) gives those of the chunk at e.
+template <class Warp, class F>
 __device__ __forceinline__ void sum_chunks(Scores<Warp>& score, int depth, F part) {
-  if constexpr (kMost == 1) {
-    part(score, 0);
-  } else {
 #pragma unroll 1
-    for (int e = 0; e < depth; e += Warp::kWidth) {
-      Scores<Warp> x;
-      part(x, e);
+  for (int e = 0; e < depth; e += Warp::kWidth) {
+    Scores<Warp> x;
+    part(x, e);
 #pragma unroll
-      for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    for (int i = 0; i < Warp::kRowsOwned; ++i) {
 #pragma unroll
-        for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = e == 0 ? x[i][j] : score[i][j] + x[i][j];
-      }
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = e == 0 ? x[i][j] : score[i][j] + x[i][j];
     }
   }
 }
