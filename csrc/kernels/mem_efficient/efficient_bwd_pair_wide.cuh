@@ -142,8 +142,17 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
     Scores<Warp> probability, grad;
     const auto warp_key = [&] { return first_key + warp() / 2 * 16; };
     const auto warp_query = [&] { return first_query + half() * Shape::kHalf; };
-    multiply_wide_scores<kSplit, true, Warp>(probability, key_tile, warp() / 2, 0, query_tile, half(), step,
-                                             static_cast<int>(p.E));
+    {  // side by side, so that one does not wait for its own sums; columns that are not there are 0
+      WideScores<kSplit, true, Warp, KeyTile, QueryTile> scores(key_tile, warp() / 2, query_tile, half());
+      WideScores<kSplit, false, Warp, KeyTile, QueryTile> grads(value_tile, warp() / 2, grad_tile, half());
+#pragma unroll 1
+      for (int first = 0; first < static_cast<int>(max(p.E, p.Ev)); first += scores.kTogether) {
+        scores.add(first);
+        grads.add(first);
+      }
+      scores.finish(probability, key_tile, warp() / 2, 0, query_tile, half(), step);
+      grads.finish(grad, value_tile, warp() / 2, 0, grad_tile, half(), step);
+    }
     const auto mask = [&] { return Mask::of(p, here().batch, head); };
     apply_mask_transposed<Warp>(probability, scale, mask, shared_scores(half()), warp_query(), warp_key());
     const auto query_of = [&](int j) { return half() * Shape::kHalf + Warp::column(j); };
@@ -155,8 +164,6 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
         probability[i][j] = pair_probability(probability[i][j], scale.to_exponent, reference);
       }
     }
-    multiply_wide_scores<kSplit, false, Warp>(grad, value_tile, warp() / 2, 0, grad_tile, half(), step,
-                                              static_cast<int>(p.Ev));
 
     // dS^T, in the place of dP^T
     const bool drops = p.dropout_p > 0.f;

@@ -135,8 +135,11 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
     const bool sees = !p.is_causal || first_key < warp_query() + Shape::kWarpRows;  // some key for one of its queries
     Scores<Warp> score;
     if (sees) {
-      multiply_wide_scores<kSplit, false, Warp>(score, query_tile, warp() / 2 * kRowBlocks, 0, key_tile, half(),
-                                                first_key, static_cast<int>(p.E));
+      const int row_block = warp() / 2 * kRowBlocks;
+      WideScores<kSplit, false, Warp, QueryTile, KeyTile> product(query_tile, row_block, key_tile, half());
+#pragma unroll 1
+      for (int first = 0; first < static_cast<int>(p.E); first += product.kTogether) product.add(first);
+      product.finish(score, query_tile, row_block, 0, key_tile, half(), first_key);
     }
     cp_async_wait_all();
     value_tile.take_in_place(first_key);

@@ -76,21 +76,19 @@ __device__ __forceinline__ void load_block_transposed(HalfPair<kSplit, 4>& x, ui
 // As multiply_scores, of tiles with any number of columns: those of 128 are summed up by themselves, as sum_chunks
 // does, so that all kernels come to the same bits.
 template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
-__device__ __forceinline__ void multiply_wide_scores(Scores<Warp>& score, const A& a_tile, int a_block, int a_number,
-                                                     const B& b_tile, int b_block, int b_number, int depth) {
-  constexpr int kRowBytes = A::Part::kRowBytes, kTogether = 64, kChunk = 128, kPairs = Warp::kColumns / 16;
+struct WideScores {
+  static constexpr int kRowBytes = A::Part::kRowBytes, kTogether = 64, kChunk = 128, kPairs = Warp::kColumns / 16;
   static_assert(A::kCols == B::kCols && A::kGroups >= 8);
-  const LaneOffset lane = A::lane_offset();
-  const uint32_t a_base = a_tile.big.base + lane.rows_first + a_block * 16 * kRowBytes;
-  const uint32_t b_base = b_tile.big.base + lane.cols_first + b_block * 16 * kRowBytes;
-  Scores<Warp> part = {};
-#pragma unroll
-  for (int i = 0; i < Warp::kRowsOwned; ++i) {
-#pragma unroll
-    for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = 0.f;
+  Scores<Warp> score, part;
+  uint32_t a_base, b_base;
+
+  __device__ __forceinline__ WideScores(const A& a_tile, int a_block, const B& b_tile, int b_block) : score{}, part{} {
+    const LaneOffset lane = A::lane_offset();
+    a_base = a_tile.big.base + lane.rows_first + a_block * 16 * kRowBytes;
+    b_base = b_tile.big.base + lane.cols_first + b_block * 16 * kRowBytes;
   }
-#pragma unroll 1
-  for (int first = 0; first < depth; first += kTogether) {
+  // To be called for every kTogether columns.
+  __device__ __forceinline__ void add(int first) {
     HalfPairSum sum[kPairs][Warp::kRowBlocks][2];
     const uint32_t a_first = a_base ^ first, b_first = b_base ^ first;
 #pragma unroll
@@ -119,22 +117,26 @@ __device__ __forceinline__ void multiply_wide_scores(Scores<Warp>& score, const 
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < Warp::kRowsOwned; ++i) {
-#pragma unroll
-    for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += part[i][j];
-  }
-  if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
+  // After the last. The numbers are those under which the tiles were filled.
+  __device__ __forceinline__ void finish(Scores<Warp>& to, const A& a_tile, int a_block, int a_number, const B& b_tile,
+                                         int b_block, int b_number) const {
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
-      const float row = a_tile.factor(16 * a_block + Warp::row(i));
 #pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-        score[i][j] = score[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) to[i][j] = score[i][j] + part[i][j];
+    }
+    if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
+#pragma unroll
+      for (int i = 0; i < Warp::kRowsOwned; ++i) {
+        const float row = a_tile.factor(16 * a_block + Warp::row(i));
+#pragma unroll
+        for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+          to[i][j] = to[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
+        }
       }
     }
   }
-}
+};
 
 // One warp's part of results = scores times the 32 rows of a tile, of which rows 16 * half on are to be multiplied by
 // `own`, the others by `other`; columns as HalfTile has them. Columns are done 16 at a time, those beyond `width` are
@@ -148,36 +150,38 @@ __device__ __forceinline__ void multiply_half_result(const HalfPair<kSplit, 4> (
   const uint32_t base = (rows.big.base + Tile::lane_offset().rows_first) ^ half * 32;
   const uint32_t own_base = base + half * kBlockBytes, other_base = base + (half ^ 1) * kBlockBytes;
   width -= 32 * half;
+  constexpr int kTogether = Warp::kRowBlocks == 1 ? 2 : 1;  // steps of 16 columns: sums enough not to wait for
 #pragma unroll
-  for (int step = 0; step < Warp::kWidth / 16; ++step) {
+  for (int step = 0; step < Warp::kWidth / 16; step += kTogether) {
     asm volatile("" : "+r"(width));
     if (step / 2 * 64 >= width) return;
-    const uint32_t column = Tile::column_block(2 * (step / 2 * 2) + step % 2) * 32;
-    const auto result = [&](int n, int i) { return step / 2 * 8 + n * 4 + step % 2 * 2 + i % 2; };
-    HalfPairSum sum[Warp::kRowBlocks][2];
-    if constexpr (kAccumulates) {
+    const auto result = [&](int s, int n, int i) { return (step + s) / 2 * 8 + n * 4 + (step + s) % 2 * 2 + i % 2; };
+    HalfPairSum sum[kTogether][Warp::kRowBlocks][2];
+    const auto each = [&](auto f) {
 #pragma unroll
-      for (int m = 0; m < Warp::kRowBlocks; ++m) {
+      for (int s = 0; s < kTogether; ++s) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int m = 0; m < Warp::kRowBlocks; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[m][n].big[i] = start(2 * m + i / 2, result(n, i));
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) f(sum[s][m][n], 2 * m + i / 2, result(s, n, i), i);
+          }
         }
       }
-    }
-    HalfPair<kSplit, 4> b;
-    load_block_transposed<kSplit, Tile>(b, own_base ^ column);
-    multiply_add(sum, own, b, !kAccumulates);
-    load_block_transposed<kSplit, Tile>(b, other_base ^ column);
-    multiply_add(sum, other, b, false);
+    };
+    if constexpr (kAccumulates) each([&](HalfPairSum& x, int row, int c, int i) { x.big[i] = start(row, c); });
 #pragma unroll
-    for (int m = 0; m < Warp::kRowBlocks; ++m) {
+    for (int k = 0; k < 2; ++k) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) use(2 * m + i / 2, result(n, i), sum[m][n].template value<kSplit>(i));
+      for (int s = 0; s < kTogether; ++s) {
+        const uint32_t column = Tile::column_block(2 * (step / 2 * 2) + (step + s) % 2) * 32;
+        HalfPair<kSplit, 4> b;
+        load_block_transposed<kSplit, Tile>(b, (k == 0 ? own_base : other_base) ^ column);
+        multiply_add(sum[s], k == 0 ? own : other, b, k == 0 && !kAccumulates);
       }
     }
+    each([&](HalfPairSum& x, int row, int c, int i) { use(row, c, x.template value<kSplit>(i)); });
   }
 }
 
