@@ -368,15 +368,13 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
     }
     if (query_tile.has_factors(step)) take_on_factors<Warp>(grad, query_tile);
     bring_into_range<Warp>(grad, unscale);
-    multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(grad), query_tile, 0,
-                                  static_cast<int>(p.E) - first_col(),
+    multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(grad), query_tile, 0, static_cast<int>(p.E) - first_col(),
                                   [&](int i, int c, float x) { grad_key[i][c] = fmaf(x, unscale[i], grad_key[i][c]); });
     __syncthreads();  // dS is complete
     publish(next);
 
     if (p.grad_mask != nullptr && blockIdx.z == 0) {
-      add_mask_gradient<Shape>(p, here().batch, head, first_query, first_key, score_base, key_tile,
-                               keys_have_factors);
+      add_mask_gradient<Shape>(p, here().batch, head, first_query, first_key, score_base, key_tile, keys_have_factors);
     }
     // dQ = dS K
     if (p.grad_query.data != nullptr && first_col() < p.E) {

@@ -1,6 +1,6 @@
-// Memory-efficient attention, backward, float32 on tensor cores (sm80 and newer), head dims of 129 to 256, in the 227 KB
-// that a block may have from sm90 on. As efficient_bwd_pair.cuh, but two warps share keys: each makes P^T and dS^T of
-// half of a tile's queries, then, with those of both, half of the columns of dV and dK. Queries and dO on their way
+// Memory-efficient attention, backward, float32 on tensor cores (sm80 and newer), head dims of 129 to 256, in the 227
+// KB that a block may have from sm90 on. As efficient_bwd_pair.cuh, but two warps share keys: each makes P^T and dS^T
+// of half of a tile's queries, then, with those of both, half of the columns of dV and dK. Queries and dO on their way
 // come to where the tile before them was.
 #pragma once
 
@@ -142,17 +142,8 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
     Scores<Warp> probability, grad;
     const auto warp_key = [&] { return first_key + warp() / 2 * 16; };
     const auto warp_query = [&] { return first_query + half() * Shape::kHalf; };
-    {  // side by side, so that one does not wait for its own sums; columns that are not there are 0
-      WideScores<kSplit, true, Warp, KeyTile, QueryTile> scores(key_tile, warp() / 2, query_tile, half());
-      WideScores<kSplit, false, Warp, KeyTile, QueryTile> grads(value_tile, warp() / 2, grad_tile, half());
-#pragma unroll 1
-      for (int first = 0; first < static_cast<int>(max(p.E, p.Ev)); first += scores.kTogether) {
-        scores.add(first);
-        grads.add(first);
-      }
-      scores.finish(probability, key_tile, warp() / 2, 0, query_tile, half(), step);
-      grads.finish(grad, value_tile, warp() / 2, 0, grad_tile, half(), step);
-    }
+    multiply_wide_scores<kSplit, true, Warp>(probability, key_tile, warp() / 2, 0, query_tile, half(), step,
+                                             static_cast<int>(p.E));
     const auto mask = [&] { return Mask::of(p, here().batch, head); };
     apply_mask_transposed<Warp>(probability, scale, mask, shared_scores(half()), warp_query(), warp_key());
     const auto query_of = [&](int j) { return half() * Shape::kHalf + Warp::column(j); };
@@ -164,14 +155,16 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
         probability[i][j] = pair_probability(probability[i][j], scale.to_exponent, reference);
       }
     }
+    multiply_wide_scores<kSplit, false, Warp>(grad, value_tile, warp() / 2, 0, grad_tile, half(), step,
+                                              static_cast<int>(p.Ev));
 
     // dS^T, in the place of dP^T
     const bool drops = p.dropout_p > 0.f;
     uint32_t kept = ~0u;
     const Dropout dropout = Dropout::make(p.dropout_p, drops ? *p.seed : 0);
     if (drops) {
-      kept = kept_scores<Warp>(dropout, p.first_batch_head + int64_t{here().batch} * p.H + head, warp_query(),
-                               warp_key());
+      kept =
+          kept_scores<Warp>(dropout, p.first_batch_head + int64_t{here().batch} * p.H + head, warp_query(), warp_key());
     }
     const float grad_scale = dropout.rescale * power_of_two(-2 * kShift);
 #pragma unroll
@@ -211,8 +204,8 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
     const QueryStatistics next = has_next ? statistics_of(next_head, next_query) : QueryStatistics{};
 
     // dV += P^T dO, dK += dS^T Q
-    const auto add = [&](Results<Warp>& result, const HalfPair<kSplit, 4>(&own)[1], const QueryTile& tile, int64_t width,
-                         const float(&unscale)[Warp::kRowsOwned], int n) {
+    const auto add = [&](Results<Warp>& result, const HalfPair<kSplit, 4>(&own)[1], const QueryTile& tile,
+                         int64_t width, const float (&unscale)[Warp::kRowsOwned], int n) {
       load_other<kSplit, ScorePart>(other[0], shared_scores(n), half());
       multiply_half_result<kSplit, false, Warp>(
           own, other, tile, half(), static_cast<int>(width), [](int, int) { return 0.f; },
@@ -231,8 +224,8 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
     if (p.grad_query.data != nullptr) {
       constexpr int kRowBlocks = kQueries / 16;
       const int row = warp() % kRowBlocks * 16, col = warp() / kRowBlocks * Shape::kGradColumns;
-      const int64_t head_index = int64_t{here().batch} * p.H + head;
-      const Turn turn = Turn::of(p, head_index, first_query, 0);
+      const auto head_index = [&] { return int64_t{here().batch} * p.H + head; };
+      const auto turn = [&] { return Turn::of(p, head_index(), first_query, 0); };
       using Rows = WarpTile<1, kKeys, Shape::kGradColumns>;
       Scores<Rows> score;
 #pragma unroll
@@ -247,17 +240,16 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
       float unscale[Rows::kRowsOwned];
       bring_into_range<Rows>(score, unscale);
       const ScorePairs<kSplit, Rows> operand(score);
-      turn.wait_for(tile_index);
-      const GradQuerySums sums(p, head_index);
 #pragma unroll
       for (int block = 0; block < Shape::kGradColumns / 32; ++block) {
         float tile[4][4];
         multiply_columns<kSplit, Rows>(operand, key_tile, col / 32 + block, [&](int n, int i, float x) {
           tile[n][i] = x * (unscale[i / 2] * power_of_two(-kShift));
         });
-        sums.add(tile, first_query + row, col + 32 * block);
+        if (block == 0) turn().wait_for(tile_index);
+        GradQuerySums(p, head_index()).add(tile, first_query + row, col + 32 * block);
       }
-      turn.pass_on(tile_index);
+      turn().pass_on(tile_index);
     }
     head = next_head;
     first_query = next_query;

@@ -28,10 +28,9 @@ struct WidePairForward {
   static constexpr int kParkedColumns = kRowBlocks == 2 ? 2 : 0;
   static constexpr bool kParks = kParkedColumns > 0;
   static constexpr int kParkedBytes = PairSoftmax<Warp>::kBytes + kParkedColumns * Warp::kRowsOwned * 4;
-  static constexpr int kSharedBytes = QueryTile::kBytes + 2 * kTileBytes + kWarps / 2 * kPairBytes +
-                                      QueryTile::kFactorBytes + 2 * KeyTile::kFactorBytes +
-                                      kWarps / 2 * SharedRows<Warp>::kBytes + 16 +
-                                      (kParks ? kThreads * kParkedBytes : 0);
+  static constexpr int kSharedBytes =
+      QueryTile::kBytes + 2 * kTileBytes + kWarps / 2 * kPairBytes + QueryTile::kFactorBytes +
+      2 * KeyTile::kFactorBytes + kWarps / 2 * SharedRows<Warp>::kBytes + 16 + (kParks ? kThreads * kParkedBytes : 0);
   static_assert(kSharedBytes <= (kRowBlocks == 1 ? 163 : 227) * 1024);
 };
 
@@ -123,7 +122,8 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
 #pragma unroll
     for (int n = 0; n < Shape::kParkedColumns; ++n) {
 #pragma unroll
-      for (int i = 0; i < Warp::kRowsOwned; ++i) result[i][Warp::kResultsOwned - 1 - n] = load_shared_4(parked_result(i, n));
+      for (int i = 0; i < Warp::kRowsOwned; ++i)
+        result[i][Warp::kResultsOwned - 1 - n] = load_shared_4(parked_result(i, n));
     }
   };
   if (Shape::kParks) park();
@@ -135,11 +135,8 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
     const bool sees = !p.is_causal || first_key < warp_query() + Shape::kWarpRows;  // some key for one of its queries
     Scores<Warp> score;
     if (sees) {
-      const int row_block = warp() / 2 * kRowBlocks;
-      WideScores<kSplit, false, Warp, QueryTile, KeyTile> product(query_tile, row_block, key_tile, half());
-#pragma unroll 1
-      for (int first = 0; first < static_cast<int>(p.E); first += product.kTogether) product.add(first);
-      product.finish(score, query_tile, row_block, 0, key_tile, half(), first_key);
+      multiply_wide_scores<kSplit, false, Warp>(score, query_tile, warp() / 2 * kRowBlocks, 0, key_tile, half(),
+                                                first_key, static_cast<int>(p.E));
     }
     cp_async_wait_all();
     value_tile.take_in_place(first_key);

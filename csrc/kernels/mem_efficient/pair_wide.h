@@ -76,19 +76,21 @@ __device__ __forceinline__ void load_block_transposed(HalfPair<kSplit, 4>& x, ui
 // As multiply_scores, of tiles with any number of columns: those of 128 are summed up by themselves, as sum_chunks
 // does, so that all kernels come to the same bits.
 template <bool kSplit, bool kIsTransposed, class Warp, class A, class B>
-struct WideScores {
-  static constexpr int kRowBytes = A::Part::kRowBytes, kTogether = 64, kChunk = 128, kPairs = Warp::kColumns / 16;
+__device__ __forceinline__ void multiply_wide_scores(Scores<Warp>& score, const A& a_tile, int a_block, int a_number,
+                                                     const B& b_tile, int b_block, int b_number, int depth) {
+  constexpr int kRowBytes = A::Part::kRowBytes, kTogether = 64, kChunk = 128, kPairs = Warp::kColumns / 16;
   static_assert(A::kCols == B::kCols && A::kGroups >= 8);
-  Scores<Warp> score, part;
-  uint32_t a_base, b_base;
-
-  __device__ __forceinline__ WideScores(const A& a_tile, int a_block, const B& b_tile, int b_block) : score{}, part{} {
-    const LaneOffset lane = A::lane_offset();
-    a_base = a_tile.big.base + lane.rows_first + a_block * 16 * kRowBytes;
-    b_base = b_tile.big.base + lane.cols_first + b_block * 16 * kRowBytes;
+  const LaneOffset lane = A::lane_offset();
+  const uint32_t a_base = a_tile.big.base + lane.rows_first + a_block * 16 * kRowBytes;
+  const uint32_t b_base = b_tile.big.base + lane.cols_first + b_block * 16 * kRowBytes;
+  Scores<Warp> part = {};
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+#pragma unroll
+    for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = 0.f;
   }
-  // To be called for every kTogether columns.
-  __device__ __forceinline__ void add(int first) {
+#pragma unroll 1
+  for (int first = 0; first < depth; first += kTogether) {
     HalfPairSum sum[kPairs][Warp::kRowBlocks][2];
     const uint32_t a_first = a_base ^ first, b_first = b_base ^ first;
 #pragma unroll
@@ -117,26 +119,22 @@ struct WideScores {
       }
     }
   }
-  // After the last. The numbers are those under which the tiles were filled.
-  __device__ __forceinline__ void finish(Scores<Warp>& to, const A& a_tile, int a_block, int a_number, const B& b_tile,
-                                         int b_block, int b_number) const {
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+#pragma unroll
+    for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += part[i][j];
+  }
+  if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
+      const float row = a_tile.factor(16 * a_block + Warp::row(i));
 #pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) to[i][j] = score[i][j] + part[i][j];
-    }
-    if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
-#pragma unroll
-      for (int i = 0; i < Warp::kRowsOwned; ++i) {
-        const float row = a_tile.factor(16 * a_block + Warp::row(i));
-#pragma unroll
-        for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-          to[i][j] = to[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
-        }
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+        score[i][j] = score[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
       }
     }
   }
-};
+}
 
 // One warp's part of results = scores times the 32 rows of a tile, of which rows 16 * half on are to be multiplied by
 // `own`, the others by `other`; columns as HalfTile has them. Columns are done 16 at a time, those beyond `width` are
