@@ -352,6 +352,24 @@ def test_rows_of_any_magnitude(use_path, which, path, head_dim, masked):
     check(which, *(t.requires_grad_() for t in tensors), mask)
 
 
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "dropout", "ranges"])
+@pytest.mark.parametrize("chip, heads", [(None, 40), (None, 3), (80, 40), (86, 3)])
+@pytest.mark.parametrize("dims", [(256, 256), (160, 72)])
+def test_float32_heads_wider_than_128(use_path, monkeypatch, dims, chip, heads, kind):
+    """How much shared memory a chip has and how many blocks there are: other kernels, other tiles."""
+    use_path(EFFICIENT, 80, "float32")
+    if chip is not None:
+        monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
+    shapes = ((515, dims[0]), (270, dims[0]), (270, dims[1]))
+    tensors = [make(1, heads, *shape, device="cuda", grad=False) for shape in shapes]
+    if kind == "ranges":
+        for tensor, highest in zip(tensors, (3, 3, 20), strict=True):
+            tensor *= torch.randint(-20, highest, (*tensor.shape[:3], 1), device="cuda").float().exp2()
+    mask = torch.rand(515, 270, device="cuda") > 0.3 if kind == "bool" else None
+    kwargs = {"dropout_p": 0.3 * (kind == "dropout"), "is_causal": kind == "causal"}
+    check(EFFICIENT, *(t.requires_grad_() for t in tensors), mask, **kwargs)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
 @paths
 def test_masks_with_aligned_rows(use_path, which, path, dtype, kind):

@@ -15,6 +15,7 @@
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_bwd_pair.cuh"
+#include "efficient_bwd_pair_wide.cuh"
 #include "efficient_bwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
@@ -479,6 +480,14 @@ cudaError_t efficient_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasPairs<Arch, T>) {
     if constexpr (kHeadDim < efficient::kNarrowestExactPairs) {
       if (!p.allow_tf32) return efficient::ffma_backward<Arch, T, kHeadDim>(p, stream);
+    }
+    if constexpr (kHeadDim == efficient::kWidestPairs) {
+      if (p.allow_tf32 && efficient::takes_wide_backward<false>(p)) {
+        return efficient::wide_pair_backward<Arch, false>(p, stream);
+      }
+      if (!p.allow_tf32 && efficient::takes_wide_backward<true>(p)) {
+        return efficient::wide_pair_backward<Arch, true>(p, stream);
+      }
     }
     return efficient::pair_backward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {

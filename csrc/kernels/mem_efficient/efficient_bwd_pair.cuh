@@ -22,8 +22,7 @@ namespace sdpa {
 
 namespace efficient {
 
-// kChunks: of kHeadDim columns that an operand may have and stay in shared memory. More pass by.
-template <class Arch, int kHeadDim, bool kSplit, int kChunks>
+template <class Arch, int kHeadDim, bool kSplit>
 struct PairBackward {
   static constexpr int kWarps = 4, kThreads = kWarps * 32, kKeys = 16 * kWarps;
   static constexpr int kQueries = kHeadDim <= 64 ? 64 : 16;
@@ -34,13 +33,11 @@ struct PairBackward {
   static constexpr int kScoreBytes = kQueries * kKeys * 4;
   static constexpr int kGradBytes = std::max(QueryTile::kBytes, kScoreBytes);
   static constexpr int kGradStagingBytes = std::max(QueryTile::kStagingBytes, kScoreBytes);
-  static constexpr int kFactorBytes = kChunks * 2 * (KeyTile::kFactorBytes + QueryTile::kFactorBytes);
+  static constexpr int kFactorBytes = 2 * (KeyTile::kFactorBytes + QueryTile::kFactorBytes);
   static constexpr int kStatisticsBytes = StatisticsTile<kQueries>::kFloats * 4;
-  static constexpr int kSharedBytes =
-      kChunks * (2 * KeyTile::kBytes + QueryTile::kBytes + kGradBytes + QueryTile::kStagingBytes + kGradStagingBytes) +
-      kFactorBytes + kStatisticsBytes + 16;
-  static_assert(kSharedBytes <= (kChunks == 1 ? Arch::kSharedBytes : 227 * 1024));
-  static constexpr int kBlocksPerSm = kChunks == 1 ? 2 : 1;
+  static constexpr int kSharedBytes = 2 * KeyTile::kBytes + QueryTile::kBytes + kGradBytes + QueryTile::kStagingBytes +
+                                      kGradStagingBytes + kFactorBytes + kStatisticsBytes + 16;
+  static_assert(kSharedBytes <= Arch::kSharedBytes);
   // Each warp has 16 rows and kGradColumns columns of dQ.
   static constexpr int kGradColumns = kHeadDim * (kQueries / 16) / kWarps;
   static_assert(kGradColumns % 32 == 0);
@@ -182,16 +179,14 @@ __device__ __forceinline__ void add_mask_gradient(const BackwardParams& p, int b
   }
 }
 
-template <class Arch, int kHeadDim, bool kSplit, int kChunks>
-__global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>::kThreads,
-                                  PairBackward<Arch, kHeadDim, kSplit, kChunks>::kBlocksPerSm)
+template <class Arch, int kHeadDim, bool kSplit>
+__global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads, 2)
     pair_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order) {
-  using Shape = PairBackward<Arch, kHeadDim, kSplit, kChunks>;
+  using Shape = PairBackward<Arch, kHeadDim, kSplit>;
   using Warp = typename Shape::Warp;
   using KeyTile = typename Shape::KeyTile;
   using QueryTile = typename Shape::QueryTile;
   constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
-  if constexpr (kChunks > 1 && kIsBeforeSm90) return;  // which has no room for it
   extern __shared__ __align__(128) unsigned char shared[];
 
   // Which part of the problem. Under causality the first keys have most to do, and come first as it is.
@@ -202,28 +197,21 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
   const int group = static_cast<int>(p.group), key_heads = static_cast<int>(p.H) / group;
   const BlockRange<kQueries, kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const auto query_begin = [&] { return range.first_query_tile(first_key) * kQueries; };
-  const bool is_wide = kHeadDim == kWidestPairs && kChunks == 1 && (p.E > kHeadDim || p.Ev > kHeadDim);
+  const bool is_wide = kHeadDim == kWidestPairs && (p.E > kHeadDim || p.Ev > kHeadDim);
   const auto warp = [] { return fresh_thread_index() / 32; };
   const PairScale scale = PairScale::of(p);
 
-  // Shared memory, of every chunk: keys, values, queries, dO (the first, later dS), queries on their way, mask entries
-  // (the first, later dO on its way); then factors, and statistics.
-  const uint32_t base = shared_address(shared), query_base = base + kChunks * 2 * KeyTile::kBytes;
-  const uint32_t score_base = query_base + kChunks * QueryTile::kBytes;
-  const uint32_t query_staging = score_base + kChunks * Shape::kGradBytes;
-  const uint32_t grad_staging = query_staging + kChunks * QueryTile::kStagingBytes;
-  const uint32_t key_factors = grad_staging + kChunks * Shape::kGradStagingBytes;
-  const uint32_t query_factors = key_factors + kChunks * 2 * KeyTile::kFactorBytes;
-  const auto key_tile = [&](int n) {
-    return KeyTile(base + n * KeyTile::kBytes, key_factors + n * KeyTile::kFactorBytes);
-  };
-  const auto value_tile = [&](int n) { return key_tile(kChunks + n); };
-  const auto query_tile = [&](int n) {
-    return QueryTile(query_base + n * QueryTile::kBytes, query_factors + n * QueryTile::kFactorBytes);
-  };
-  const auto grad_tile = [&](int n) {
-    return QueryTile(score_base + n * Shape::kGradBytes, query_factors + (kChunks + n) * QueryTile::kFactorBytes);
-  };
+  // Shared memory: keys, values, queries, dO (later dS), queries on their way, mask entries (later dO on its way),
+  // factors, statistics.
+  const uint32_t base = shared_address(shared), query_base = base + 2 * KeyTile::kBytes;
+  const uint32_t score_base = query_base + QueryTile::kBytes, query_staging = score_base + Shape::kGradBytes;
+  const uint32_t grad_staging = query_staging + QueryTile::kStagingBytes;
+  const uint32_t key_factors = grad_staging + Shape::kGradStagingBytes;
+  const uint32_t query_factors = key_factors + 2 * KeyTile::kFactorBytes;
+  const KeyTile key_tile(base, key_factors);
+  const KeyTile value_tile(base + KeyTile::kBytes, key_factors + KeyTile::kFactorBytes);
+  const QueryTile query_tile(query_base, query_factors);
+  const QueryTile grad_tile(score_base, query_factors + QueryTile::kFactorBytes);
   const StatisticsTile<kQueries> statistics{
       reinterpret_cast<float*>(shared + Shape::kSharedBytes - Shape::kStatisticsBytes - 16)};
   // And which head it is: the products need all registers.
@@ -257,32 +245,22 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
   Results<Warp> grad_key = {}, grad_value = {};
   int head = here().key_head * group, first_query = query_begin();
   const auto fetch_queries = [&](int head, int first_query) {
-#pragma unroll 1
-    for (int n = 0; n < kChunks; ++n) {
-      QueryTile::fetch(query_staging + n * QueryTile::kStagingBytes, queries(head), first_query, n * kHeadDim);
-    }
+    QueryTile::fetch(query_staging, queries(head), first_query, 0);
   };
   const auto fetch_grads = [&](int head, int first_query) {
-#pragma unroll 1
-    for (int n = 0; n < kChunks; ++n) {
-      QueryTile::fetch(grad_staging + n * Shape::kGradStagingBytes, grads(head), first_query, n * kHeadDim);
-    }
+    QueryTile::fetch(grad_staging, grads(head), first_query, 0);
   };
-  for (int n = 0; n < kChunks; ++n) {
-    key_tile(n).start();
-    value_tile(n).start();
-    query_tile(n).start();
-    grad_tile(n).start();
-  }
+  key_tile.start();
+  value_tile.start();
+  query_tile.start();
+  grad_tile.start();
   __syncthreads();
   if (first_query < p.L) {
     if (!is_wide) {
       fetch_queries(head, first_query);
       fetch_grads(head, first_query);
-      for (int n = 0; n < kChunks; ++n) {
-        key_tile(n).take(keys(), first_key, n * kHeadDim, 0);
-        value_tile(n).take(values(), first_key, n * kHeadDim, 0);
-      }
+      key_tile.take(keys(), first_key, 0, 0);
+      value_tile.take(values(), first_key, 0, 0);
     }
     publish(statistics_of(head, first_query));
   }
@@ -296,11 +274,8 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
     const int next_query = is_last_of_head ? query_begin() : first_query + kQueries;
     const bool has_next = next_head < (here().key_head + 1) * group;
     if (!is_wide) {
-#pragma unroll 1
-      for (int n = 0; n < kChunks; ++n) {
-        query_tile(n).take(query_staging + n * QueryTile::kStagingBytes, step, scale.query_sign);
-        grad_tile(n).take(grad_staging + n * Shape::kGradStagingBytes, step);
-      }
+      query_tile.take(query_staging, step, scale.query_sign);
+      grad_tile.take(grad_staging, step);
       if (has_next) fetch_queries(next_head, next_query);
       __syncthreads();
     }
@@ -308,18 +283,14 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
     // P^T
     Scores<Warp> probability, grad;
     if (!is_wide) {
-      sum_chunks<Warp, kChunks>(probability, static_cast<int>(p.E), [&](Scores<Warp>& part, int e) {
-        const int n = e / kHeadDim;
-        multiply_scores<kSplit, true, Warp>(part, key_tile(n), warp(), 0, query_tile(n), 0, step,
-                                            static_cast<int>(p.E) - e);
-      });
+      multiply_scores<kSplit, true, Warp>(probability, key_tile, warp(), 0, query_tile, 0, step, static_cast<int>(p.E));
     } else {
       sum_chunks<Warp>(probability, static_cast<int>(p.E), [&](Scores<Warp>& part, int e) {
         __syncthreads();  // nobody reads the chunk before any more
-        key_tile(0).take(keys(), first_key, e, step);
-        query_tile(0).take(queries(head), first_query, e, step, scale.query_sign);
+        key_tile.take(keys(), first_key, e, step);
+        query_tile.take(queries(head), first_query, e, step, scale.query_sign);
         __syncthreads();
-        multiply_scores<kSplit, true, Warp>(part, key_tile(0), warp(), step, query_tile(0), 0, step,
+        multiply_scores<kSplit, true, Warp>(part, key_tile, warp(), step, query_tile, 0, step,
                                             static_cast<int>(p.E) - e);
       });
     }
@@ -337,24 +308,20 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
 
     // dP^T
     if (!is_wide) {
-      sum_chunks<Warp, kChunks>(grad, static_cast<int>(p.Ev), [&](Scores<Warp>& part, int e) {
-        const int n = e / kHeadDim;
-        multiply_scores<kSplit, false, Warp>(part, value_tile(n), warp(), 0, grad_tile(n), 0, step,
-                                             static_cast<int>(p.Ev) - e);
-      });
+      multiply_scores<kSplit, false, Warp>(grad, value_tile, warp(), 0, grad_tile, 0, step, static_cast<int>(p.Ev));
     } else {
       sum_chunks<Warp>(grad, static_cast<int>(p.Ev), [&](Scores<Warp>& part, int e) {
         __syncthreads();
-        value_tile(0).take(values(), first_key, e, step);
-        grad_tile(0).take(grads(head), first_query, e, step);
+        value_tile.take(values(), first_key, e, step);
+        grad_tile.take(grads(head), first_query, e, step);
         __syncthreads();
-        multiply_scores<kSplit, false, Warp>(part, value_tile(0), warp(), step, grad_tile(0), 0, step,
+        multiply_scores<kSplit, false, Warp>(part, value_tile, warp(), step, grad_tile, 0, step,
                                              static_cast<int>(p.Ev) - e);
       });
       __syncthreads();  // then the columns that this block's gradients are made of
-      key_tile(0).take(keys(), first_key, first_col(), step);
-      query_tile(0).take(queries(head), first_query, first_col(), step, scale.query_sign);
-      grad_tile(0).take(grads(head), first_query, first_col(), step);
+      key_tile.take(keys(), first_key, first_col(), step);
+      query_tile.take(queries(head), first_query, first_col(), step, scale.query_sign);
+      grad_tile.take(grads(head), first_query, first_col(), step);
       __syncthreads();
     }
 
@@ -377,12 +344,11 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
         probability[i][j] = keeps ? probability[i][j] : 0.f;
       }
     }
-    const int chunk = kChunks == 1 ? 0 : blockIdx.z;  // whose gradients this block makes
     float unscale[Warp::kRowsOwned];
-    if (grad_tile(chunk).has_factors(step)) take_on_factors<Warp>(probability, grad_tile(chunk));
+    if (grad_tile.has_factors(step)) take_on_factors<Warp>(probability, grad_tile);
     bring_into_range<Warp>(probability, unscale);
     multiply_result<kSplit, Warp>(
-        ScorePairs<kSplit, Warp>(probability), grad_tile(chunk), 0, static_cast<int>(p.Ev) - first_col(),
+        ScorePairs<kSplit, Warp>(probability), grad_tile, 0, static_cast<int>(p.Ev) - first_col(),
         [&](int i, int c, float x) { grad_value[i][c] = fmaf(x, unscale[i], grad_value[i][c]); });
 
     __syncthreads();  // nobody reads dO or mask entries any more
@@ -390,27 +356,25 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
     const QueryStatistics next = has_next ? statistics_of(next_head, next_query) : QueryStatistics{};
 
     // dK += dS^T Q
-    const bool keys_have_factors = key_tile(chunk).has_factors(is_wide ? step : 0);
+    const bool keys_have_factors = key_tile.has_factors(is_wide ? step : 0);
 #pragma unroll
     for (int i = 0; i < Warp::kRowsOwned; ++i) {
       const int key = 16 * warp() + Warp::row(i);
-      const float factor = keys_have_factors ? key_tile(chunk).factor(key) : 1.f;
+      const float factor = keys_have_factors ? key_tile.factor(key) : 1.f;
 #pragma unroll
       for (int j = 0; j < Warp::kColumnsOwned; ++j) {
         store_shared_4(score_base + score_place<kKeys>(Warp::column(j), key), __float_as_uint(grad[i][j] * factor));
       }
     }
-    if (query_tile(chunk).has_factors(step)) take_on_factors<Warp>(grad, query_tile(chunk));
+    if (query_tile.has_factors(step)) take_on_factors<Warp>(grad, query_tile);
     bring_into_range<Warp>(grad, unscale);
-    multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(grad), query_tile(chunk), 0,
-                                  static_cast<int>(p.E) - first_col(),
+    multiply_result<kSplit, Warp>(ScorePairs<kSplit, Warp>(grad), query_tile, 0, static_cast<int>(p.E) - first_col(),
                                   [&](int i, int c, float x) { grad_key[i][c] = fmaf(x, unscale[i], grad_key[i][c]); });
     __syncthreads();  // dS is complete
     publish(next);
 
     if (p.grad_mask != nullptr && blockIdx.z == 0) {
-      add_mask_gradient<Shape>(p, here().batch, head, first_query, first_key, score_base, key_tile(chunk),
-                               keys_have_factors);
+      add_mask_gradient<Shape>(p, here().batch, head, first_query, first_key, score_base, key_tile, keys_have_factors);
     }
     // dQ = dS K
     if (p.grad_query.data != nullptr && first_col() < p.E) {
@@ -436,7 +400,7 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
 #pragma unroll
       for (int block = 0; block < Shape::kGradColumns / 32; ++block) {
         float tile[4][4];
-        multiply_columns<kSplit, Rows>(operand, key_tile(chunk), col / 32 + block, [&](int n, int i, float x) {
+        multiply_columns<kSplit, Rows>(operand, key_tile, col / 32 + block, [&](int n, int i, float x) {
           tile[n][i] = x * (unscale[i / 2] * power_of_two(-kShift));
         });
         sums.add(tile, first_query + row, first_col() + col + 32 * block);
@@ -461,16 +425,15 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit, kChunks>:
   }
 }
 
-template <class Arch, int kHeadDim, bool kSplit, int kChunks>
-cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Shape = PairBackward<Arch, kHeadDim, kSplit, kChunks>;
+// columns: of the gradients, that one block of the main kernel makes.
+template <class Arch, int kHeadDim, bool kSplit, class Shape, auto kMain>
+cudaError_t launch_pair_kernels(const BackwardParams& p, int columns, cudaStream_t stream) {
   constexpr auto kDelta = &pair_delta_kernel<Arch, kHeadDim, kSplit>;
-  constexpr auto kMain = &pair_backward_kernel<Arch, kHeadDim, kSplit, kChunks>;
   using DeltaTile = PairTile<64, kHeadDim, 128, kSplit>;
   constexpr int kDeltaBytes = 2 * (DeltaTile::kBytes + DeltaTile::kFactorBytes);
   static_assert(kDeltaBytes <= Arch::kSharedBytes);
   const bool wants_query = p.grad_query.data != nullptr;
-  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition || !fits_pairs<kHeadDim>(p)) return cudaErrorInvalidValue;
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   if (wants_query && (p.grad_query_accum == nullptr || (p.deterministic && p.grad_query_turns == nullptr))) {
     return cudaErrorInvalidValue;
   }
@@ -486,7 +449,7 @@ cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
   const auto order = BlockOrder::make(ceil_div(p.S, Shape::kKeys), p.B * (p.H / p.group), bytes_per_key_head);
   if (order.blocks() > 0) {
     if (error = allow_shared_bytes<kMain>(Shape::kSharedBytes); error != cudaSuccess) return error;
-    const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(std::max(p.E, p.Ev), kHeadDim)));
+    const dim3 grid(order.grid_x(), order.grid_y(), static_cast<unsigned>(ceil_div(std::max(p.E, p.Ev), columns)));
     kMain<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(p, order);
     if (error = cudaGetLastError(); error != cudaSuccess) return error;
   }
@@ -500,14 +463,9 @@ cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
 
 template <class Arch, int kHeadDim, bool kSplit>
 cudaError_t launch_pair_backward(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim == kWidestPairs) {
-    const int64_t width = std::max(p.E, p.Ev);
-    if (width > kHeadDim && width <= 2 * kHeadDim &&
-        p.shared_bytes >= PairBackward<Arch, kHeadDim, kSplit, 2>::kSharedBytes) {
-      return launch_pair_backward<Arch, kHeadDim, kSplit, 2>(p, stream);
-    }
-  }
-  return launch_pair_backward<Arch, kHeadDim, kSplit, 1>(p, stream);
+  if (!fits_pairs<kHeadDim>(p)) return cudaErrorInvalidValue;
+  return launch_pair_kernels<Arch, kHeadDim, kSplit, PairBackward<Arch, kHeadDim, kSplit>,
+                             &pair_backward_kernel<Arch, kHeadDim, kSplit>>(p, kHeadDim, stream);
 }
 
 // Wants grad_query_accum wherever dQ is wanted, and grad_query_turns too if deterministic.

@@ -9,6 +9,7 @@
 #include "../arch/arch.h"
 #include "../attn/mask.h"
 #include "efficient_fwd_pair.cuh"
+#include "efficient_fwd_pair_wide.cuh"
 #include "efficient_fwd_volta.cuh"
 #include "in_flight.h"
 #include "statistics.h"
@@ -172,6 +173,10 @@ cudaError_t efficient_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (efficient::kHasPairs<Arch, T>) {
     if constexpr (kHeadDim < efficient::kNarrowestExactPairs) {
       if (!p.allow_tf32) return efficient::ffma_forward<Arch, T, kHeadDim>(p, stream);
+    }
+    if constexpr (kHeadDim == efficient::kWidestPairs) {
+      if (p.allow_tf32 && efficient::takes_wide<false>(p)) return efficient::wide_pair_forward<false>(p, stream);
+      if (!p.allow_tf32 && efficient::takes_wide<true>(p)) return efficient::wide_pair_forward<true>(p, stream);
     }
     return efficient::pair_forward<Arch, kHeadDim>(p, stream);
   } else if constexpr (efficient::kHasVolta<Arch, T> && kHeadDim < efficient::kWidestVolta) {

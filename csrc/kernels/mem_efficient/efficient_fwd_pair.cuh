@@ -111,9 +111,10 @@ __device__ __forceinline__ void apply_mask(Scores<Warp>& score, const PairScale&
 template <class Warp>
 __device__ __forceinline__ void drop_scores(Scores<Warp>& score, const Dropout& dropout, int64_t batch_head,
                                             int first_query, int first_key) {
-  static_assert(Warp::kTiles % 4 == 0 && Warp::kRowBlocks <= 2);
+  static_assert((Warp::kTiles % 4 == 0 || Warp::kTiles == 2) && Warp::kRowBlocks <= 2);
+  constexpr int kTiles = Warp::kTiles < 4 ? Warp::kTiles : 4;
 #pragma unroll
-  for (int n = 0; n < Warp::kTiles / 4; ++n) {
+  for (int n = 0; n < Warp::kTiles / kTiles; ++n) {
 #pragma unroll
     for (int is_odd = 0; is_odd < 2; ++is_odd) {
       const Dropped16 dropped = dropout.draw(static_cast<uint32_t>(batch_head), first_query / 32, first_key / 32 + n,
@@ -121,8 +122,9 @@ __device__ __forceinline__ void drop_scores(Scores<Warp>& score, const Dropout& 
 #pragma unroll
       for (int i = 0; i < Warp::kRowsOwned; ++i) {  // 8 rows apart, and so are the columns
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t word = dropped.word_of(Warp::kRowBlocks == 2 ? i / 2 : first_query / 16 % 2, j / 2);
+        for (int j = 0; j < kTiles; ++j) {
+          const uint32_t word = dropped.word_of(Warp::kRowBlocks == 2 ? i / 2 : first_query / 16 % 2,
+                                                kTiles == 2 ? first_key / 16 % 2 : j / 2);
           float& x = score[i][8 * n + 2 * j + is_odd];
           x = word >> (7 + i % 2 * 8 + j % 2 * 16) & 1 ? 0.f : x;
         }

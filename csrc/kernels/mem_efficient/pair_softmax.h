@@ -69,7 +69,9 @@ struct PairSoftmax {
   }
 
   // Makes probabilities, up to the row's sum; rescales what was made of earlier ones.
-  __device__ __forceinline__ void take_in(Scores<Warp>& score, float to_exponent, Results<Warp>& result) {
+  template <class Rows = OwnRows<Warp>>
+  __device__ __forceinline__ void take_in(Scores<Warp>& score, float to_exponent, Results<Warp>& result,
+                                          const Rows& rows = {}) {
     float most[Warp::kRowsOwned];
     bool outgrown = false;
 #pragma unroll
@@ -79,10 +81,11 @@ struct PairSoftmax {
       for (int j = 1; j < Warp::kColumnsOwned; ++j) most[i] = fmaxf(most[i], score[i][j]);
       outgrown |= fmaf(most[i], to_exponent, -reference[i]) > kHeadroom + kSlack;
     }
-    if (__any_sync(~0u, outgrown)) {
+    if (rows.any(outgrown)) {
+      rows.find_row_max(most);
 #pragma unroll
       for (int i = 0; i < Warp::kRowsOwned; ++i) {
-        const float next = fmaxf(reference[i], fmaf(Warp::row_max(most[i]), to_exponent, -kHeadroom));
+        const float next = fmaxf(reference[i], fmaf(most[i], to_exponent, -kHeadroom));
         const float rescale = next == -INFINITY ? 1.f : exp2_approx(reference[i] - next);
         reference[i] = next;
         sum[i] *= rescale;

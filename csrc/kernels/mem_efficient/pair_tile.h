@@ -88,15 +88,15 @@ struct PairTile {
   // Chunk of a group's first (half 0) or last two of four neighbours: such that no two threads that store together meet
   // in a bank.
   static __host__ __device__ constexpr int chunk(int group, int half) {
-    return kGroups == 8 ? group + 8 * half : 2 * group + half;
+    return kGroups >= 8 ? group + kGroups * half : 2 * group + half;
   }
   // The 16 columns that step n of a product along the columns takes, so that 32 neighbouring columns are two steps.
   static __host__ __device__ constexpr int column_block(int step) {
-    return kGroups == 8 ? step / 2 + step % 2 * 4 : step;
+    return kGroups >= 8 ? step / 2 + step % 2 * (kGroups / 2) : step;
   }
   // The result (index c of WarpTile) that column i of the eight in a chunk is for lane t, where i = 2t or 2t + 1.
   static __host__ __device__ constexpr int result(int chunk, int i) {
-    return kGroups == 8 ? chunk % 8 * 4 + chunk / 8 * 2 + i : chunk / 2 * 4 + chunk % 2 * 2 + i;
+    return kGroups >= 8 ? chunk % kGroups * 4 + chunk / kGroups * 2 + i : chunk / 2 * 4 + chunk % 2 * 2 + i;
   }
 
   // As Part's, anew.
@@ -120,48 +120,20 @@ struct PairTile {
   // matrix has nothing. Complete, for this thread, after cp_async_wait_all.
   __device__ __forceinline__ static void fetch(uint32_t staging, const Matrix<const float>& m, int first_row,
                                                int first_col) {
-    const Place place = Place::of_thread();
-    const int rows_left = m.rows - first_row - place.row, cols_left = m.cols - first_col - place.col;
-    const float* from = m.at(first_row + place.row, first_col + place.col);
     const uint32_t to = staged(staging, 0, 0);
-    if (m.quads && first_row + kRows <= m.rows && first_col + kCols <= m.cols) {
-#pragma unroll
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) cp_async<16>(to + (n * 4 + t) * kThreads * 16, from + 8 * t, 16);
-      }
-    } else if (m.quads) {
-#pragma unroll 1
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-          const int present = n * kRowStep < rows_left ? min(max(cols_left - 8 * t, 0), 4) : 0;
-          cp_async<16>(to + (n * 4 + t) * kThreads * 16, from + 8 * t, present * 4);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
-#pragma unroll 1
-        for (int t = 0; t < 4; ++t) {
-          const int present = n * kRowStep < rows_left ? cols_left - 8 * t : 0;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            cp_async<4>(to + (n * 4 + t) * kThreads * 16 + c * 4, from + (8 * t + c) * m.col_stride,
-                        c < present ? 4 : 0);
-          }
-        }
-      }
-    }
+    fetch_to([to](int n, int t) { return to + (n * 4 + t) * kThreads * 16; }, m, first_row, first_col);
+  }
+  // The same to where this thread's part of the tile will stand. (One part is half as large as what it is made of; the
+  // rest lies behind it.)
+  __device__ __forceinline__ void fetch_in_place(const Matrix<const float>& m, int first_row, int first_col) const {
+    const OwnPlaces to = own_places();
+    fetch_to([to](int n, int t) { return to(n, t); }, m, first_row, first_col);
   }
 
   // Fills the tile with what this thread fetched, times `sign`. `number`: of this tile, not that of any before.
   __device__ __forceinline__ void take(uint32_t staging, int number, float sign = 1.f) const {
     const uint32_t from = staged(staging, 0, 0);
-    fill(number, sign, [&](int n, int t) {
-      const uint4 v = load_shared_16(from + (n * 4 + t) * kThreads * 16);
-      return float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-    });
+    fill(number, sign, [&](int n, int t) { return read_quad(from + (n * 4 + t) * kThreads * 16); });
   }
   // Fills it from where the numbers are, which takes longer.
   __device__ __forceinline__ void take(const Matrix<const float>& m, int first_row, int first_col, int number,
@@ -171,6 +143,12 @@ struct PairTile {
     fill(number, sign, [&](int n, int t) {
       return row + n * kRowStep < m.rows ? m.quad_at(row + n * kRowStep, col + 8 * t) : float4{0.f, 0.f, 0.f, 0.f};
     });
+  }
+
+  // Of what was fetched in place.
+  __device__ __forceinline__ void take_in_place(int number, float sign = 1.f) const {
+    const OwnPlaces from = own_places();
+    fill(number, sign, [&](int n, int t) { return read_quad(from(n, t)); });
   }
 
   // To be called once, before the tile is first filled, and a barrier before it is next.
@@ -184,6 +162,58 @@ struct PairTile {
   __device__ __forceinline__ float factor(int row) const { return load_shared_4(factors + row * 4); }
 
  private:
+  __device__ __forceinline__ static float4 read_quad(uint32_t from) {
+    const uint4 v = load_shared_16(from);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+  }
+
+  // Where this thread's chunks of the tile stand: 0 and 1 of a unit in the first part, 2 and 3 in the second.
+  struct OwnPlaces {
+    uint32_t even, odd;
+    __device__ __forceinline__ uint32_t operator()(int n, int t) const {
+      return (t % 2 == 0 ? even : odd) + t / 2 * Part::kBytes + n * kRowStep * Part::kRowBytes;
+    }
+  };
+  __device__ __forceinline__ OwnPlaces own_places() const {
+    const Place place = Place::of_thread();
+    return {big.base + Part::offset(place.row, chunk(place.group, 0)),
+            big.base + Part::offset(place.row, chunk(place.group, 1))};
+  }
+
+  template <class To>
+  __device__ __forceinline__ static void fetch_to(To to, const Matrix<const float>& m, int first_row, int first_col) {
+    const Place place = Place::of_thread();
+    const int rows_left = m.rows - first_row - place.row, cols_left = m.cols - first_col - place.col;
+    const float* from = m.at(first_row + place.row, first_col + place.col);
+    if (m.quads && first_row + kRows <= m.rows && first_col + kCols <= m.cols) {
+#pragma unroll
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) cp_async<16>(to(n, t), from + 8 * t, 16);
+      }
+    } else if (m.quads) {
+#pragma unroll 1
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          const int present = n * kRowStep < rows_left ? min(max(cols_left - 8 * t, 0), 4) : 0;
+          cp_async<16>(to(n, t), from + 8 * t, present * 4);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < kUnits; ++n, from += kRowStep * m.row_stride) {
+#pragma unroll 1
+        for (int t = 0; t < 4; ++t) {
+          const int present = n * kRowStep < rows_left ? cols_left - 8 * t : 0;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            cp_async<4>(to(n, t) + c * 4, from + (8 * t + c) * m.col_stride, c < present ? 4 : 0);
+          }
+        }
+      }
+    }
+  }
   __device__ __forceinline__ static float largest(const HalfPair<kSplit, 4>& first, const HalfPair<kSplit, 4>& last) {
     __half2 most = __float2half2_rn(0.f);
 #pragma unroll
@@ -219,8 +249,7 @@ struct PairTile {
   template <class Read>
   __device__ __forceinline__ void fill(int number, float sign, Read read) const {
     const Place place = Place::of_thread();
-    const uint32_t to[2] = {Part::offset(place.row, chunk(place.group, 0)),
-                            Part::offset(place.row, chunk(place.group, 1))};
+    const OwnPlaces to = own_places();
 #pragma unroll
     for (int n = 0; n < kUnits; ++n) {
       float4 x[4];
@@ -238,12 +267,11 @@ struct PairTile {
       float factor = 1.f;
       // A look at this thread's numbers will mostly do.
       if (!__all_sync(~0u, is_usual(largest(first, last)))) factor = split_unusual(number, sign, x, split);
-      const uint32_t at = n * kRowStep * Part::kRowBytes;
-      store_shared_16(big.base + at + to[0], {first.big[0], first.big[1], first.big[2], first.big[3]});
-      store_shared_16(big.base + at + to[1], {last.big[0], last.big[1], last.big[2], last.big[3]});
+      store_shared_16(to(n, 0), {first.big[0], first.big[1], first.big[2], first.big[3]});
+      store_shared_16(to(n, 1), {last.big[0], last.big[1], last.big[2], last.big[3]});
       if constexpr (kSplit) {
-        store_shared_16(small.base + at + to[0], {first.small[0], first.small[1], first.small[2], first.small[3]});
-        store_shared_16(small.base + at + to[1], {last.small[0], last.small[1], last.small[2], last.small[3]});
+        store_shared_16(to(n, 2), {first.small[0], first.small[1], first.small[2], first.small[3]});
+        store_shared_16(to(n, 3), {last.small[0], last.small[1], last.small[2], last.small[3]});
       }
       if (place.group == 0) store_shared_4(factors + (place.row + n * kRowStep) * 4, __float_as_uint(factor));
     }
@@ -326,22 +354,17 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
   }
 }
 
-// Products that are sums over chunks of columns, kMost of them or (0) any number: part(x, e) gives those of the chunk
-// at e.
-template <class Warp, int kMost = 0, class F>
+// Products that are sums over chunks of columns: part(x, e) gives those of the chunk at e.
+template <class Warp, class F>
 __device__ __forceinline__ void sum_chunks(Scores<Warp>& score, int depth, F part) {
-  if constexpr (kMost == 1) {
-    part(score, 0);
-  } else {
 #pragma unroll 1
-    for (int e = 0; e < depth; e += Warp::kWidth) {
-      Scores<Warp> x;
-      part(x, e);
+  for (int e = 0; e < depth; e += Warp::kWidth) {
+    Scores<Warp> x;
+    part(x, e);
 #pragma unroll
-      for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    for (int i = 0; i < Warp::kRowsOwned; ++i) {
 #pragma unroll
-        for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = e == 0 ? x[i][j] : score[i][j] + x[i][j];
-      }
+      for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] = e == 0 ? x[i][j] : score[i][j] + x[i][j];
     }
   }
 }
@@ -377,19 +400,49 @@ __device__ __forceinline__ void take_on_factors(Scores<Warp>& score, const Tile&
   }
 }
 
-// Multiplies each row of scores by the power of two that brings its largest into float16's range; gives the inverse.
+// What a warp that has rows alone has to know of other warps.
 template <class Warp>
-__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned]) {
+struct OwnRows {
+  __device__ __forceinline__ bool any(bool x) const { return __any_sync(~0u, x); }
+  // From each lane's share of the rows to that of the rows.
+  __device__ __forceinline__ void find_row_max(float (&x)[Warp::kRowsOwned]) const {
+#pragma unroll
+    for (int i = 0; i < Warp::kRowsOwned; ++i) x[i] = Warp::row_max(x[i]);
+  }
+};
+
+// The largest of this lane's scores, in each row.
+template <class Warp>
+__device__ __forceinline__ void find_largest(const Scores<Warp>& score, float (&most)[Warp::kRowsOwned]) {
 #pragma unroll
   for (int i = 0; i < Warp::kRowsOwned; ++i) {
-    float most = 0.f;
+    most[i] = 0.f;
 #pragma unroll
-    for (int j = 0; j < Warp::kColumnsOwned; ++j) most = fmaxf(most, fabsf(score[i][j]));
-    const int exponent = max(__float_as_int(Warp::row_max(most)) >> 23, 127 - 100) - 127;  // of 2^-100 or more
+    for (int j = 0; j < Warp::kColumnsOwned; ++j) most[i] = fmaxf(most[i], fabsf(score[i][j]));
+  }
+}
+
+// Multiplies each row of scores by the power of two that brings `most` into float16's range; gives the inverse.
+template <class Warp>
+__device__ __forceinline__ void scale_into_range(Scores<Warp>& score, const float (&most)[Warp::kRowsOwned],
+                                                 float (&inverse)[Warp::kRowsOwned]) {
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    const int exponent = max(__float_as_int(most[i]) >> 23, 127 - 100) - 127;  // of 2^-100 or more
     inverse[i] = power_of_two(exponent - 14);
 #pragma unroll
     for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] *= power_of_two(14 - exponent);
   }
+}
+
+// The same by the row's largest.
+template <class Warp, class Rows = OwnRows<Warp>>
+__device__ __forceinline__ void bring_into_range(Scores<Warp>& score, float (&inverse)[Warp::kRowsOwned],
+                                                 const Rows& rows = {}) {
+  float most[Warp::kRowsOwned];
+  find_largest<Warp>(score, most);
+  rows.find_row_max(most);
+  scale_into_range<Warp>(score, most, inverse);
 }
 
 // Calls use(i, c, x) for every result x = scores times rows of a tile from 16 * block0, a product of kColumns by
@@ -469,7 +522,7 @@ __device__ __forceinline__ void multiply_columns(const ScorePairs<kSplit, Warp>&
 #pragma unroll
     for (int k = 0; k < Warp::kSteps; ++k) {
       HalfPair<kSplit, 4> b;
-      load_rows(b, rows, lane, k, Tile::column_block(step) + block * (Tile::kGroups == 8 ? 1 : 2));
+      load_rows(b, rows, lane, k, Tile::column_block(step) + block * (Tile::kGroups >= 8 ? 1 : 2));
       multiply_add(sum, score.a[k], b, k == 0);
     }
 #pragma unroll
