@@ -1,7 +1,9 @@
 // Tiles in shared memory and the rows of one head in global memory, and the copies between them.
 #pragma once
 
+#include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "../arch/mma.h"
 #include "../arch/shared_memory.h"
@@ -91,21 +93,26 @@ struct InOrder {
 // eight rows an ldmatrix phase reads at one column lie in eight different bank groups. `base` must be a multiple of
 // the row's bytes, and of 128. On an Arch without cp.async the copies go through registers.
 //
+// kPads: rows are an odd number of chunks apart instead, so that all addresses in a tile are one register and
+// constants.
+//
 // kFewAddresses: one register for each of four column steps rather than for all of them. It is no faster by itself, but
 // where registers run out one of the two settings spills.
-template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false>
+template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false,
+          bool kPads = !kFewAddresses && !std::has_single_bit(unsigned{kCols_})>
 struct SharedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kRowBytes = kCols * static_cast<int>(sizeof(T));
-  static constexpr int kChunksPerRow = kRowBytes / kChunkBytes;
-  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kChunksPerRow = kCols / kChunkElements;
   static constexpr bool kPowerOfTwo = (kChunksPerRow & (kChunksPerRow - 1)) == 0;
-  static_assert(kPowerOfTwo || kFewAddresses);
-  static_assert(sizeof(T) == 2 && (kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
+  static constexpr bool kIsPadded = kPads;
+  static constexpr int kRowBytes = (kIsPadded ? kChunksPerRow | 1 : kChunksPerRow) * kChunkBytes;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static_assert(sizeof(T) == 2 && (kIsPadded || kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
 
   uint32_t base;
 
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    if constexpr (kIsPadded) return row * kRowBytes + chunk * kChunkBytes;
     const int swizzle = kChunksPerRow == 4 ? (row >> 1) & 3 : row & 7;
     return row * kRowBytes + ((chunk ^ swizzle) * kChunkBytes);
   }
@@ -120,7 +127,9 @@ struct SharedTile {
   // bytes), so a step of columns inside one is that too; other steps are plain constants. Where the row's bytes are a
   // power of two, all steps of columns are one.
   __device__ __forceinline__ uint32_t block_address(uint32_t lane, int row_block, int col_block) const {
-    if constexpr (kFewAddresses) {
+    if constexpr (kIsPadded) {
+      return base + lane + col_block * 2 * kChunkBytes + row_block * 16 * kRowBytes;
+    } else if constexpr (kFewAddresses) {
       return ((base + lane) ^ (col_block % 4 * 2 * kChunkBytes)) + col_block / 4 * 128 + row_block * 16 * kRowBytes;
     } else {
       return ((base + lane) ^ (col_block * 2 * kChunkBytes)) + row_block * 16 * kRowBytes;
@@ -152,7 +161,7 @@ struct SharedTile {
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
-    constexpr int kPanel = kPowerOfTwo ? kLongest : 8;
+    constexpr int kPanel = kPowerOfTwo ? kLongest : std::min(kChunksPerRow & -kChunksPerRow, 8);
     constexpr int kRowStep = kThreads / kPanel;
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
@@ -251,7 +260,7 @@ struct SharedTile {
 template <class Tile>
 __device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
   const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
-  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
+  for (int i = threadIdx.x % 32; i < rows * Tile::kRowBytes / kChunkBytes; i += 32) {
     const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
     const uint4 v = load_shared_16(address);
     store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});
