@@ -12,6 +12,9 @@
 
 namespace sdpa {
 
+constexpr int kSm90SharedBytes =
+    227 * 1024;  // of a block; chips that have less have no such copies, or are not asked for
+
 // Describes `rows` x `cols` of 16-bit elements of each (batch, head) of x, in boxes of box_rows x box_cols, which is 32
 // or 64. In shared memory a box's rows follow each other, swizzled as those of a SharedTile. False if the chip does not
 // take such a tensor.
@@ -59,27 +62,31 @@ bool runs_as_sm90() {
   return (devices_able.load(std::memory_order_relaxed) & bit) != 0;
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // The box that begins at (row, col) to shared memory; what lies outside the tensor becomes zero. `barrier` counts its
 // bytes, of which expect_bytes has told it.
 __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap& map, int col, int row, int head,
                                          int batch, uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];" ::"r"(destination),
       "l"(&map), "r"(col), "r"(row), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
+#endif
 }
 // Arrives, too.
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(barrier),
                "r"(bytes)
                : "memory");
-}
-// What was initialised before is there for copy_box.
-__device__ __forceinline__ void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
 #endif
+}
+// Barriers that were initialised before are there for copy_box.
+__device__ __forceinline__ void fence_barrier_init() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
 
 }  // namespace sdpa

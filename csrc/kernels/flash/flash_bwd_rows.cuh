@@ -22,6 +22,12 @@ struct Walking : Tile {
   static constexpr bool kWalks = true;
 };
 
+// A tile of a kernel that gets queries and dO by copy_box.
+template <class Tile>
+struct Boxed : Tile {
+  static constexpr bool kIsBoxed = true;
+};
+
 constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
 }

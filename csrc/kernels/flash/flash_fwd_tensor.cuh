@@ -21,8 +21,6 @@
 
 namespace sdpa {
 
-constexpr int kSm90SharedBytes = 227 * 1024;
-
 template <class Arch, class T, int kHeadDim>
 struct FlashForwardTensor {
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
@@ -31,16 +29,13 @@ struct FlashForwardTensor {
   static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
   static constexpr int kBlocksPerSm = 2;
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch, false, true>;
-  static constexpr int kBoxCols = kHeadDim % 64 == 0 ? 64 : 32, kBoxBlocks = kBoxCols / 16;
-  static constexpr int kBoxes = kHeadDim / kBoxCols;
-  using Box = SharedTile<T, kKeyTile, kBoxCols, Arch>;
-  static constexpr int kTileBytes = kBoxes * Box::kBytes;  // of keys, or values
+  using KeyTile = BoxedTile<T, kKeyTile, kHeadDim, Arch>;  // of values too
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
-  static constexpr int kBarrierOffset = QueryTile::kBytes + 4 * kTileBytes;
+  static constexpr int kBarrierOffset = QueryTile::kBytes + 4 * KeyTile::kBytes;
   static constexpr int kSharedBytes = kBarrierOffset + 2 * Barrier::kBytes;
   static_assert(kSharedBytes <= kSm90SharedBytes / kBlocksPerSm);
-  static_assert(QueryTile::kBytes % 1024 == 0 && Box::kBytes % 1024 == 0 && kBoxes * kBoxCols == kHeadDim);
+  static_assert(QueryTile::kBytes % 1024 == 0);
 };
 
 template <class Arch, class T, int kHeadDim>
@@ -49,12 +44,11 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
     flash_forward_tensor_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                                 const __grid_constant__ CUtensorMap key_map,
                                 const __grid_constant__ CUtensorMap value_map, const float scale_log2) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kIsBeforeSm90) return;
   using Flash = FlashForwardTensor<Arch, T, kHeadDim>;
-  using Box = typename Flash::Box;
+  using KeyTile = typename Flash::KeyTile;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
-  constexpr int kBoxBlocks = Flash::kBoxBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
 
   // Work of this block.
@@ -72,24 +66,26 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
   // query's place.
   const uint32_t base = shared_address(shared);
   const typename Flash::QueryTile query_tile{base};
-  const uint32_t keys_base = base + Flash::QueryTile::kBytes, barriers = base + Flash::kBarrierOffset;
-  const auto barrier = [&](uint32_t stage) {
-    return typename Flash::Barrier{barriers + stage * Flash::Barrier::kBytes};
+  const auto key_tile = [&](uint32_t stage) {
+    return KeyTile{base + Flash::QueryTile::kBytes + stage * KeyTile::kBytes};
+  };
+  const auto value_tile = [&](uint32_t stage) { return key_tile(2 + stage); };
+  const auto full = [&](uint32_t stage) {
+    return typename Flash::Barrier{base + Flash::kBarrierOffset + stage * Flash::Barrier::kBytes};
   };
   const auto fetch = [&](int k0, uint32_t stage) {
-    const uint32_t to = keys_base + stage * Flash::kTileBytes, full = barrier(stage).address;
-    expect_bytes(full, 2 * Flash::kTileBytes);
+    const uint32_t barrier = full(stage).address;
+    expect_bytes(barrier, 2 * KeyTile::kBytes);
 #pragma unroll
-    for (int i = 0; i < Flash::kBoxes; ++i) {
-      copy_box(to + i * Box::kBytes, key_map, i * Flash::kBoxCols, k0, key_head, batch, full);
-    }
-#pragma unroll
-    for (int i = 0; i < Flash::kBoxes; ++i) {
-      copy_box(to + 2 * Flash::kTileBytes + i * Box::kBytes, value_map, i * Flash::kBoxCols, k0, key_head, batch, full);
+    for (int i = 0; i < 2 * KeyTile::kBoxes; ++i) {
+      const bool is_key = i < KeyTile::kBoxes;
+      const int number = i % KeyTile::kBoxes;
+      copy_box((is_key ? key_tile(stage) : value_tile(stage)).box(number).base, is_key ? key_map : value_map,
+               number * KeyTile::kBoxCols, k0, key_head, batch, barrier);
     }
   };
   if (threadIdx.x == 0) {
-    barrier(0).init(1), barrier(1).init(1);
+    full(0).init(1), full(1).init(1);
     fence_barrier_init();
     fetch(0, 0);
   }
@@ -101,7 +97,7 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const auto query_offset = Flash::QueryTile::lane_offset();
-  const auto lane_offset = Box::lane_offset();
+  const auto lane_offset = KeyTile::lane_offset();
   const typename Flash::QueryTile query_rows{base + warp_block * 16 * Flash::QueryTile::kRowBytes};
 
   OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
@@ -111,8 +107,8 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
     const uint32_t turn = k0 / kKeyTile, stage = turn % 2;
     __syncthreads();  // every warp is done with the tile before, whose stage is filled next
     if (threadIdx.x == 0 && k0 + kKeyTile < key_end) fetch(k0 + kKeyTile, stage ^ 1);
-    barrier(stage).wait(turn / 2 % 2);
-    const uint32_t keys = keys_base + stage * Flash::kTileBytes, values = keys + 2 * Flash::kTileBytes;
+    full(stage).wait(turn / 2 % 2);
+    const KeyTile keys = key_tile(stage), values = value_tile(stage);
 
     // S = Q K^T
     float scores[kRowBlocks][kKeyTile / 8][4] = {};
@@ -124,7 +120,7 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
 #pragma unroll
       for (int n = 0; n < kKeyTile / 16; ++n) {
         uint32_t b[4];
-        Box{keys + k / kBoxBlocks * Box::kBytes}.load_b_transposed(b, lane_offset, n, k % kBoxBlocks);
+        keys.load_b_transposed(b, lane_offset, n, k);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           Product::add(scores[m][2 * n], q[m], b[0], b[1]);
@@ -164,7 +160,7 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t b[4];
-        Box{values + n / kBoxBlocks * Box::kBytes}.load_b(b, lane_offset, k, n % kBoxBlocks);
+        values.load_b(b, lane_offset, k, n);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           Product::add(output[m][2 * n], probability[m], b[0], b[1]);
@@ -194,7 +190,6 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
                                    static_cast<int>(p.output.stride[2] * 2), warp_row + m * 16, static_cast<int>(p.L),
                                    static_cast<int>(p.Ev));
   }
-#endif
 }
 
 // For what streams_forward takes. `done` tells whether this chip and this code do, too.
@@ -206,7 +201,8 @@ cudaError_t flash_forward_tensor(const ForwardParams& p, cudaStream_t stream, bo
   CUtensorMap maps[2];
   constexpr bool kIsBFloat16 = std::is_same_v<T, __nv_bfloat16>;
   const auto describe = [&](CUtensorMap& map, const Operand& x, int64_t cols) {
-    return describe_tensor(map, x, p.B, p.H / p.group, p.S, cols, Flash::kKeyTile, Flash::kBoxCols, kIsBFloat16);
+    return describe_tensor(map, x, p.B, p.H / p.group, p.S, cols, Flash::kKeyTile, Flash::KeyTile::kBoxCols,
+                           kIsBFloat16);
   };
   if (p.shared_bytes < kSm90SharedBytes || !runs_as_sm90<kKernel>() || !describe(maps[0], p.key, p.E) ||
       !describe(maps[1], p.value, p.Ev)) {

@@ -161,7 +161,10 @@ struct SharedTile {
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
-    constexpr int kPanel = kPowerOfTwo ? kLongest : std::min(kChunksPerRow & -kChunksPerRow, 8);
+    constexpr bool kWholeRows = kThreads % (8 * kChunksPerRow) == 0 && kRows * kChunksPerRow % kThreads == 0;
+    constexpr int kPanel = kPowerOfTwo  ? kLongest
+                           : kWholeRows ? kChunksPerRow
+                                        : std::min(kChunksPerRow & -kChunksPerRow, 8);
     constexpr int kRowStep = kThreads / kPanel;
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
@@ -252,6 +255,27 @@ struct SharedTile {
       const uint4 v = load_shared_16(base + offset(row_block * 16 + row, chunk));
       write_chunk(target, to, chunk * kChunkElements, v);
     }
+  }
+};
+
+// kRows x kCols as copy_box leaves them: boxes of 32 or 64 columns, one after the other, each a SharedTile.
+template <class T, int kRows, int kCols, class Arch>
+struct BoxedTile {
+  static constexpr int kBoxCols = kCols % 64 == 0 ? 64 : 32, kBoxes = kCols / kBoxCols, kBoxBlocks = kBoxCols / 16;
+  using Box = SharedTile<T, kRows, kBoxCols, Arch>;
+  static constexpr int kRowBytes = Box::kRowBytes, kBytes = kBoxes * Box::kBytes;
+  static_assert(kBoxes * kBoxCols == kCols && Box::kBytes % 1024 == 0);
+
+  uint32_t base;
+
+  static __device__ __forceinline__ LaneOffset lane_offset() { return Box::lane_offset(); }
+  __device__ __forceinline__ Box box(int number) const { return {base + number * Box::kBytes}; }
+  __device__ __forceinline__ void load_b(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
+    box(col_block / kBoxBlocks).load_b(r, lane, row_block, col_block % kBoxBlocks);
+  }
+  __device__ __forceinline__ void load_b_transposed(uint32_t (&r)[4], const LaneOffset& lane, int row_block,
+                                                    int col_block) const {
+    box(col_block / kBoxBlocks).load_b_transposed(r, lane, row_block, col_block % kBoxBlocks);
   }
 };
 
