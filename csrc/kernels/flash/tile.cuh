@@ -1,9 +1,7 @@
 // Tiles in shared memory and the rows of one head in global memory, and the copies between them.
 #pragma once
 
-#include <bit>
 #include <cstdint>
-#include <type_traits>
 
 #include "../arch/mma.h"
 #include "../arch/shared_memory.h"
@@ -99,7 +97,7 @@ struct InOrder {
 // kFewAddresses: one register for each of four column steps rather than for all of them. It is no faster by itself, but
 // where registers run out one of the two settings spills.
 template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false,
-          bool kPads = !kFewAddresses && !std::has_single_bit(unsigned{kCols_})>
+          bool kPads = !kFewAddresses && (kCols_ & (kCols_ - 1)) != 0>
 struct SharedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr int kChunksPerRow = kCols / kChunkElements;
@@ -161,10 +159,9 @@ struct SharedTile {
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
+    constexpr int kEven = kChunksPerRow & -kChunksPerRow;
     constexpr bool kWholeRows = kThreads % (8 * kChunksPerRow) == 0 && kRows * kChunksPerRow % kThreads == 0;
-    constexpr int kPanel = kPowerOfTwo  ? kLongest
-                           : kWholeRows ? kChunksPerRow
-                                        : std::min(kChunksPerRow & -kChunksPerRow, 8);
+    constexpr int kPanel = kPowerOfTwo ? kLongest : kWholeRows ? kChunksPerRow : kEven < 8 ? kEven : 8;
     constexpr int kRowStep = kThreads / kPanel;
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
