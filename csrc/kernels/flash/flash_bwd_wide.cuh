@@ -148,7 +148,14 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile
-  const auto lane_offset = Flash::KeyTile::lane_offset(), query_offset = Flash::QueryTile::lane_offset();
+  const auto lane_offset = Flash::KeyTile::lane_offset();
+  const auto query_offset = [&] {
+    if constexpr (Flash::kIsBoxed) {
+      return Flash::QueryTile::lane_offset();
+    } else {
+      return lane_offset;
+    }
+  }();
   const auto score_lane_offset = Flash::ScoreTile::lane_offset();
   // The loop goes over the query tiles of the group's query heads, one head after the other. Places are counted on,
   // since a division for each would cost more than all else that is not arithmetic.
