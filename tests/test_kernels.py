@@ -182,9 +182,9 @@ def test_inference_against_float64(use_path, which, path, dtype, call):
     check(which, *tensors, mask, **kwargs)
 
 
-SMALLER_CHIPS = [  # with less shared memory: other tiles for heads wider than this
+SMALLER_CHIPS = [  # with less shared memory: other tiles, or ways to copy, for heads wider than this
     pytest.param(chip, dtype, call, id=f"sm{chip}-{dtype}-{name_of(call)}")
-    for chip, width in ((80, 128), (86, 64))
+    for chip, width in ((80, 64), (86, 64))
     for dtype in ("float16", "bfloat16")
     for call in calls(FLASH, 80, dtype)
     if max(call["dims"]) > width
@@ -287,6 +287,22 @@ def test_more_query_tiles_than_run_at_once(use_path, dtype, head_dim, is_causal,
     shapes = (4, L, 120, head_dim), (4, S, 40, head_dim), (4, S, 40, head_dim)
     tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
     poison("cuda", tensors[0].shape)
+    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
+
+
+@pytest.mark.parametrize("shared", ["", "batches", "heads"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dims", [(96, 96), (88, 96), (72, 128), (128, 120), (192, 192), (168, 192)], ids=str)
+@pytest.mark.parametrize("lengths", [(336, 300), (96, 449), (640, 128), (16, 8)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_whole_chunks(use_path, dtype, lengths, dims, is_causal, shared):
+    """What sm90 copies by tensor maps, from operands that batches or heads share, too."""
+    use_path(FLASH, 80, dtype)
+    (L, S), (E, Ev) = lengths, dims
+    B, H = 1 if shared == "batches" else 2, 1 if shared == "heads" else 2
+    shapes = (2, L, 4, E), (B, S, H, E), (B, S, H, Ev)
+    made = [make(*shape, dtype=getattr(torch, dtype), device="cuda") for shape in shapes]
+    tensors = [x.transpose(1, 2).expand(2, max(2, x.shape[2]), -1, -1) for x in made]
     check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
 
 

@@ -43,6 +43,7 @@ def short(name: str) -> str:
     """The kernel's own name and template arguments, without parameters and namespace."""
     done = subprocess.run(["c++filt", name], capture_output=True, text=True)
     text = re.sub(r"\(anonymous namespace\)::|sdpa::(efficient::)?|^void ", "", done.stdout.strip())
+    text = re.sub(r"\((Forward|Backward)Params.*$", "", text)
     return re.sub(r"\((?!.*>).*$", "", text).replace("|", "/")
 
 

@@ -29,8 +29,8 @@
 namespace sdpa {
 
 // Flash is NarrowBackward or WideBackward, kKernel its kernel.
-template <class Flash, auto kKernel, class T>
-cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
+template <class Flash, auto kKernel, class T, class... Maps>
+cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream, const Maps&... maps) {
   const int64_t key_tiles = Flash::kWalks ? 1 : (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
   const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
   const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
@@ -38,7 +38,7 @@ cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device
   return launch_early<kKernel>(dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream, p,
-                               order, dropout, p.scale * kLog2E);
+                               order, dropout, p.scale * kLog2E, maps...);
 }
 
 // Whether all operands' rows are whole 16-byte chunks, and those of dQ whole tiles of its sums: kernels that walk take
@@ -122,16 +122,36 @@ cudaError_t narrow_backward(const BackwardParams& p, bool walks, cudaStream_t st
   }
   return launch_narrow<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
 }
-template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
+// ForBoxes: the tile if copies are by copy_box, or void. It wants a second stage of queries or of dO: with one of each
+// it is slower than cp.async by all threads (7.60 ms against 7.04 at 192 columns).
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile, class ForBoxes = void>
 cudaError_t launch_wide(const BackwardParams& p, bool walks, cudaStream_t stream) {
   if constexpr (kCanWalk<Arch, kHeadDim, kEdit> && Tile::kMaxSharedBytes == WalkSize<kHeadDim>::kSharedBytes) {
     using Walk = Walking<Tile>;
     using Flash = WideBackward<Arch, T, kHeadDim, Walk, kEdit>;
     static_assert(Flash::kKeyTile == WalkSize<kHeadDim>::kKeyTile);
-    if (walks) return launch_main_backward<Flash, wide_backward_kernel<Arch, T, kHeadDim, Walk, kEdit>, T>(p, stream);
+    if (walks) {
+      return launch_main_backward<Flash, wide_backward_kernel<Arch, T, kHeadDim, Walk, kEdit>, T>(
+          p, stream, typename Flash::Maps{});
+    }
   }
-  return launch_main_backward<WideBackward<Arch, T, kHeadDim, Tile, kEdit>,
-                              wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+  if constexpr (kEdit == ScoreEdit::kNone && !std::is_void_v<ForBoxes>) {
+    using Flash = WideBackward<Arch, T, kHeadDim, Boxed<ForBoxes>, kEdit>;
+    constexpr auto kKernel = wide_backward_kernel<Arch, T, kHeadDim, Boxed<ForBoxes>, kEdit>;
+    using QueryTile = typename Flash::QueryTile;
+    typename Flash::Maps maps;
+    const auto describe = [&](CUtensorMap& map, const Operand& x, int64_t cols) {
+      return describe_tensor(map, x, p.B, p.H, p.L, cols, Flash::kQueryTile, QueryTile::kBoxCols,
+                             std::is_same_v<T, __nv_bfloat16>);
+    };
+    if (is_plain(p) && p.shared_bytes >= kSm90SharedBytes && runs_as_sm90<kKernel>() &&
+        describe(maps.query, p.query, p.E) && describe(maps.grad, p.grad_output, p.Ev)) {
+      return launch_main_backward<Flash, kKernel, T>(p, stream, maps);
+    }
+  }
+  using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
+  return launch_main_backward<Flash, wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream,
+                                                                                              typename Flash::Maps{});
 }
 
 // The tile for the shared memory that a block may have: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB on sm90.
@@ -147,10 +167,11 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
     if constexpr (kHeadDim <= 128) {
       using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
       using Large96 = WideTile<96, 8, 2, 2, 64, 2, 2, 163 * 1024>;
+      using Boxed96 = WideTile<96, 12, 2, 3, 96, 2, 2, 227 * 1024>;
       const bool is_large = p.shared_bytes >= Large::kMaxSharedBytes;
       if (is_large && std::max(p.E, p.Ev) <= 96)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Large96>(p, walks, stream);
-      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
+        return launch_wide<Arch, T, kHeadDim, kEdit, Large96, Boxed96>(p, walks, stream);
+      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large, Large>(p, walks, stream);
       return narrow_backward<Arch, T, kHeadDim, kEdit>(p, walks, stream);
     } else {
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
@@ -159,9 +180,10 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
       using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
                                       WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
       using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
+      using Boxed192 = WideTile<192, 8, 2, 4, 128, 1, 2, 227 * 1024>;
       const bool is_huge = p.shared_bytes >= Huge::kMaxSharedBytes;
       if (is_huge && std::max(p.E, p.Ev) <= 192)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, walks, stream);
+        return launch_wide<Arch, T, kHeadDim, kEdit, Huge192, Boxed192>(p, walks, stream);
       if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, walks, stream);
       if (p.shared_bytes >= Large::kMaxSharedBytes)
         return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);

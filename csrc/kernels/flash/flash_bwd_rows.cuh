@@ -22,6 +22,12 @@ struct Walking : Tile {
   static constexpr bool kWalks = true;
 };
 
+// A tile of a kernel that gets queries and dO by copy_box.
+template <class Tile>
+struct Boxed : Tile {
+  static constexpr bool kIsBoxed = true;
+};
+
 constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
 }
@@ -31,17 +37,23 @@ constexpr bool has_mask(ScoreEdit edit) {
 // every tile. kIsPlain: it is such a source.
 template <class Arch, int kThreads, bool kIsPlain = false, class Tile, class U>
 __device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0) {
-  constexpr int kRowStep = kThreads / Tile::kChunksPerRow;
-  if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0) {
+  // Chunks of a row that neighbouring threads copy at once.
+  constexpr int kPanel = Tile::kChunksPerRow & -Tile::kChunksPerRow, kRowStep = kThreads / kPanel;
+  if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0) {
     if (kIsPlain || (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0)) {
-      const int first = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
+      // In a padded tile, of eight rows those that are in different banks stand side by side.
+      const int number = threadIdx.x / kPanel, chunk = threadIdx.x % kPanel;
+      const int first = kPanel == 4 && Tile::kIsPadded ? (number & ~7) | (number & 7) >> 1 | (number & 1) << 2 : number;
       const uint32_t to = tile.base + Tile::offset(first, chunk);
       const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
-      const int rows = chunk * kChunkElements < source.cols ? source.rows - row0 - first : 0;
       const int64_t step = kRowStep * source.row_stride;
 #pragma unroll
       for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
-        cp_async_or_zero(to + row * Tile::kRowBytes, from, row < rows);
+#pragma unroll
+        for (int panel = 0; panel < Tile::kChunksPerRow; panel += kPanel) {
+          const int rows = (chunk + panel) * kChunkElements < source.cols ? source.rows - row0 - first : 0;
+          cp_async_or_zero(to + row * Tile::kRowBytes + panel * kChunkBytes, from + panel * kChunkElements, row < rows);
+        }
       }
       return;
     }

@@ -10,6 +10,7 @@
 
 #include "../arch/arch.h"
 #include "../arch/barrier.h"
+#include "../arch/tensor_copy.h"
 #include "../attn/block_range.h"
 #include "../attn/launch.h"
 #include "../attn/params.h"
@@ -21,24 +22,37 @@
 
 namespace sdpa {
 
-// kCols: columns that are computed; rows in shared memory are as long as the head dim. kKeyBlocks: 16-key blocks of a
-// group of kShares warps. kStages: of queries and of dO. kMaxSharedBytes: what the chip lets a block have.
+// kCols: columns that are computed. kKeyBlocks: 16-key blocks of a group of kShares warps. kStages: of queries and of
+// dO. kMaxSharedBytes: what the chip lets a block have.
 template <int kCols_, int kWarps_, int kKeyBlocks_, int kShares_, int kQueries_, int kStages_, int kGradStages_,
           int kMaxSharedBytes_>
 struct WideTile {
   static constexpr int kCols = kCols_, kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_;
   static constexpr int kQueries = kQueries_, kStages = kStages_, kGradStages = kGradStages_;
   static constexpr int kMaxSharedBytes = kMaxSharedBytes_;
-  static constexpr bool kWalks = false;
+  static constexpr bool kWalks = false, kIsBoxed = false;
+};
+
+// Of queries and dO, for copy_box.
+template <bool kIsBoxed>
+struct TensorMaps {};
+template <>
+struct TensorMaps<true> {
+  CUtensorMap query, grad;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct WideBackward {
-  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks;
+  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks, kIsBoxed = Tile::kIsBoxed;
+  using Maps = TensorMaps<kIsBoxed>;
   // In 64 KB there is a place for three quarters of the values' columns, if LSE and delta are where P^T is later. The
   // others are in registers, and come and go through the queries' place.
   static constexpr bool kSplitsValue = !Arch::kAsyncCopy && kHeadDim > 128;
-  static constexpr int kSharedValueCols = kSplitsValue ? kHeadDim / 4 * 3 : kHeadDim;
+  // Of a row in shared memory. Rows of 192 columns are slower padded (7.77 ms where this takes 7.06), those of 96
+  // faster.
+  static constexpr int kRowCols = Arch::kAsyncCopy ? Tile::kCols : kHeadDim;
+  static constexpr bool kIsOdd = kRowCols < kHeadDim, kFewAddresses = kRowCols == 192;
+  static constexpr int kSharedValueCols = kSplitsValue ? kHeadDim / 4 * 3 : kRowCols;
   static constexpr int kThreads = Tile::kWarps * 32, kGroups = Tile::kWarps / Tile::kShares;
   static constexpr int kKeyTile = kGroups * Tile::kKeyBlocks * 16, kQueryTile = Tile::kQueries;
   static constexpr int kShareQueries = kQueryTile / Tile::kShares;       // of a warp, for the scores
@@ -52,20 +66,24 @@ struct WideBackward {
   static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
-  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;      // of values too, if whole
-  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;  // of dO too
-  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // P^T, dS^T
+  using KeyTile = SharedTile<T, kKeyTile, kRowCols, Arch, kFewAddresses>;  // of values too, if whole
+  using QueryTile = std::conditional_t<kIsBoxed, BoxedTile<T, kQueryTile, kRowCols, Arch>,
+                                       SharedTile<T, kQueryTile, kRowCols, Arch, kFewAddresses>>;  // of dO too
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
 
-  using ValueTile = SharedTile<T, kKeyTile, kSharedValueCols, Arch, kSplitsValue>;
+  using ValueTile = SharedTile<T, kKeyTile, kSharedValueCols, Arch, kSplitsValue || kFewAddresses>;
   static constexpr int kQueryOffset = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kScoreOffset = kQueryOffset + (Tile::kStages + Tile::kGradStages) * QueryTile::kBytes;
+  static constexpr bool kPadsScores =
+      kIsOdd &&
+      kScoreOffset + 4 * kKeyTile * (kQueryTile + kChunkElements) + kQueryTile * 12 + 64 <= Tile::kMaxSharedBytes;
+  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch, false, kPadsScores>;  // P^T, dS^T
   static constexpr int kRowBytes = (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
   static constexpr int kScoreEnd = kScoreOffset + 2 * ScoreTile::kBytes;
   static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
-  static constexpr int kBarriers = Barrier::kIsReal ? 5 : 0;
+  static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * Barrier::kBytes;
   static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
@@ -75,7 +93,8 @@ struct WideBackward {
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
-                         const __grid_constant__ Dropout dropout, const float scale_log2) {
+                         const __grid_constant__ Dropout dropout, const float scale_log2,
+                         const __grid_constant__ typename WideBackward<Arch, T, kHeadDim, Tile, kEdit>::Maps maps) {
   using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
   using KeyOrder = typename Flash::KeyOrder;
   using Barrier = typename Flash::Barrier;
@@ -84,6 +103,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   constexpr int kKeyBlocks = Tile::kKeyBlocks, kKeyTile = Flash::kKeyTile, kQueryTile = Flash::kQueryTile;
   constexpr int kThreads = Flash::kThreads, kShareBlocks = Flash::kShareBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
+
+  if constexpr (Flash::kIsBoxed && kIsBeforeSm90) return;
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
   let_successor_start();
@@ -116,15 +137,26 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   //   grad_read, query_read   the part of `done` after which a tile with one stage is overwritten.
   const auto barrier = [&](int n) { return Barrier{base + Flash::kBarrierOffset + n * Barrier::kBytes}; };
   const Barrier full = barrier(0), complete = barrier(1), done = barrier(2);
-  const Barrier grad_read = barrier(3), query_read = barrier(4);
+  const Barrier grad_read = barrier(3), query_read = barrier(4), first_full = barrier(5);
   if (threadIdx.x == 0) {
-    full.init(kThreads + kQueryTile / 32 * kWarpArrivals);
+    full.init((Flash::kIsBoxed ? 1 : kThreads) + kQueryTile / 32 * kWarpArrivals);
     constexpr int kArrivals = Tile::kWarps * kWarpArrivals;
     complete.init(kArrivals), done.init(kArrivals), grad_read.init(kArrivals), query_read.init(kArrivals);
+    if constexpr (Flash::kIsBoxed) {
+      first_full.init(1);
+      fence_barrier_init();
+    }
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
+  const auto query_offset = [&] {
+    if constexpr (Flash::kIsBoxed) {
+      return Flash::QueryTile::lane_offset();
+    } else {
+      return lane_offset;
+    }
+  }();
   const auto score_lane_offset = Flash::ScoreTile::lane_offset();
   // The loop goes over the query tiles of the group's query heads, one head after the other. Places are counted on,
   // since a division for each would cost more than all else that is not arithmetic.
@@ -164,13 +196,36 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if constexpr (kHasMask || Flash::kSplitsValue)
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
-  const auto fetch_query = [&](const Place& x, int stage) {
-    const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
-    fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Tile::kStages), query, x.q0);
+  // By copy_box one thread fetches everything; `to_fill` counts what lands.
+  const auto expect = [&](const Barrier& to_fill) {
+    if constexpr (Flash::kIsBoxed) {
+      if (threadIdx.x == 0) expect_bytes(to_fill.address, 2 * Flash::QueryTile::kBytes);
+    }
   };
-  const auto fetch_grad = [&](const Place& x, int stage) {
-    const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
-    fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
+  const auto fetch_boxes = [&](const auto& tile, const CUtensorMap& map, const Place& x, const Barrier& to_fill) {
+    if constexpr (Flash::kIsBoxed) {
+      if (threadIdx.x != 0) return;
+#pragma unroll
+      for (int i = 0; i < Flash::QueryTile::kBoxes; ++i) {
+        copy_box(tile.box(i).base, map, i * Flash::QueryTile::kBoxCols, x.q0, x.head, batch, to_fill.address);
+      }
+    }
+  };
+  const auto fetch_query = [&](const Place& x, int stage, const Barrier& to_fill) {
+    if constexpr (Flash::kIsBoxed) {
+      fetch_boxes(query_tile(stage % Tile::kStages), maps.query, x, to_fill);
+    } else {
+      const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
+      fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Tile::kStages), query, x.q0);
+    }
+  };
+  const auto fetch_grad = [&](const Place& x, int stage, const Barrier& to_fill) {
+    if constexpr (Flash::kIsBoxed) {
+      fetch_boxes(grad_tile(stage % Tile::kGradStages), maps.grad, x, to_fill);
+    } else {
+      const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
+      fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
+    }
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
@@ -205,7 +260,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (kEdit == ScoreEdit::kMaskGradient && !Flash::kSplitsValue) {
     mask_from_registers = MaskGradientRuns<kKeyBlocks>::fit(p);
   }
-  constexpr int kSplit = Flash::kSharedValueCols / 16, kRight = (kHeadDim - Flash::kSharedValueCols) / 16;
+  constexpr int kSplit = Flash::kSharedValueCols / 16, kRight = (Flash::kRowCols - Flash::kSharedValueCols) / 16;
   uint32_t right_values[kRight > 0 ? kRight : 1][kKeyBlocks][4];
   if constexpr (kRight > 0) {
     using RightTile = SharedTile<T, kKeyTile, kRight * 16, Arch>;
@@ -227,8 +282,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
 
   if (exists(here)) {
-    fetch_query(here, 0);
-    fetch_grad(here, 0);
+    expect(first_full);
+    fetch_query(here, 0, first_full);
+    fetch_grad(here, 0, first_full);
   }
   wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
   if (exists(here)) publish_row(read_row(here));
@@ -312,6 +368,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
   wait_for_copies<Arch>();
   __syncthreads();
+  if constexpr (Flash::kIsBoxed) {
+    if (exists(here)) first_full.wait(0);
+  }
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
@@ -360,8 +419,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           uint32_t b[4], c[4];
-          query_rows.load_b_transposed(b, lane_offset, first_block - query_begin + n, k);
-          grad_rows.load_b_transposed(c, lane_offset, first_block - query_begin + n, k);
+          query_rows.load_b_transposed(b, query_offset, first_block - query_begin + n, k);
+          grad_rows.load_b_transposed(c, query_offset, first_block - query_begin + n, k);
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
             Product::add(scores[n][m][0], key[m], b[0], b[1]);
@@ -460,8 +519,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       start_anew();
       const Place next = after(here);
       if (exists(next)) {
-        if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
-        if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
+        expect(full);
+        if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1, full);
+        if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1, full);
       }
       float3 next_row;
       if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
@@ -472,7 +532,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kShareBlocks; ++n) {
           uint32_t b[4];
-          rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
+          rows.load_b(b, query_offset, k, share * kShareBlocks + n);
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
             Product::add(sum[m][2 * n], a[m], b[0], b[1]);
@@ -514,13 +574,13 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         if (threadIdx.x < kQueryTile) full.arrive_warp();
         if constexpr (Tile::kGradStages == 1) {
           grad_read.wait(parity);
-          fetch_grad(next, 0);
+          fetch_grad(next, 0, full);
         }
         if constexpr (Tile::kStages == 1) {
-          query_read.wait(parity);
-          fetch_query(next, 0);
+          if (!Flash::kIsBoxed || threadIdx.x == 0) query_read.wait(parity);
+          fetch_query(next, 0, full);
         }
-        full.arrive_with_copies();
+        if constexpr (!Flash::kIsBoxed) full.arrive_with_copies();
       }
       add_query_gradient(here);
       done.arrive_warp();
@@ -539,8 +599,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       here = first_of(key_head * group);
       if (first_query() >= length) here.head += group;
       if (goes_on && exists(here)) {
-        fetch_query(here, parity);
-        fetch_grad(here, parity);
+        fetch_query(here, parity, full);
+        fetch_grad(here, parity, full);
         row = read_row(here);
       }
     }

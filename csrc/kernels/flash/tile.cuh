@@ -91,21 +91,26 @@ struct InOrder {
 // eight rows an ldmatrix phase reads at one column lie in eight different bank groups. `base` must be a multiple of
 // the row's bytes, and of 128. On an Arch without cp.async the copies go through registers.
 //
+// kPads: rows are an odd number of chunks apart instead, so that all addresses in a tile are one register and
+// constants.
+//
 // kFewAddresses: one register for each of four column steps rather than for all of them. It is no faster by itself, but
 // where registers run out one of the two settings spills.
-template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false>
+template <class T, int kRows_, int kCols_, class Arch = Sm80, bool kFewAddresses = false,
+          bool kPads = !kFewAddresses && (kCols_ & (kCols_ - 1)) != 0>
 struct SharedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kRowBytes = kCols * static_cast<int>(sizeof(T));
-  static constexpr int kChunksPerRow = kRowBytes / kChunkBytes;
-  static constexpr int kBytes = kRows * kRowBytes;
+  static constexpr int kChunksPerRow = kCols / kChunkElements;
   static constexpr bool kPowerOfTwo = (kChunksPerRow & (kChunksPerRow - 1)) == 0;
-  static_assert(kPowerOfTwo || kFewAddresses);
-  static_assert(sizeof(T) == 2 && (kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
+  static constexpr bool kIsPadded = kPads;
+  static constexpr int kRowBytes = (kIsPadded ? kChunksPerRow | 1 : kChunksPerRow) * kChunkBytes;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static_assert(sizeof(T) == 2 && (kIsPadded || kChunksPerRow == 4 || kChunksPerRow % 8 == 0));
 
   uint32_t base;
 
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    if constexpr (kIsPadded) return row * kRowBytes + chunk * kChunkBytes;
     const int swizzle = kChunksPerRow == 4 ? (row >> 1) & 3 : row & 7;
     return row * kRowBytes + ((chunk ^ swizzle) * kChunkBytes);
   }
@@ -120,7 +125,9 @@ struct SharedTile {
   // bytes), so a step of columns inside one is that too; other steps are plain constants. Where the row's bytes are a
   // power of two, all steps of columns are one.
   __device__ __forceinline__ uint32_t block_address(uint32_t lane, int row_block, int col_block) const {
-    if constexpr (kFewAddresses) {
+    if constexpr (kIsPadded) {
+      return base + lane + col_block * 2 * kChunkBytes + row_block * 16 * kRowBytes;
+    } else if constexpr (kFewAddresses) {
       return ((base + lane) ^ (col_block % 4 * 2 * kChunkBytes)) + col_block / 4 * 128 + row_block * 16 * kRowBytes;
     } else {
       return ((base + lane) ^ (col_block * 2 * kChunkBytes)) + row_block * 16 * kRowBytes;
@@ -152,7 +159,9 @@ struct SharedTile {
   __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
-    constexpr int kPanel = kPowerOfTwo ? kLongest : 8;
+    constexpr int kEven = kChunksPerRow & -kChunksPerRow;
+    constexpr bool kWholeRows = kThreads % (8 * kChunksPerRow) == 0 && kRows * kChunksPerRow % kThreads == 0;
+    constexpr int kPanel = kPowerOfTwo ? kLongest : kWholeRows ? kChunksPerRow : kEven < 8 ? kEven : 8;
     constexpr int kRowStep = kThreads / kPanel;
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
@@ -246,12 +255,33 @@ struct SharedTile {
   }
 };
 
+// kRows x kCols as copy_box leaves them: boxes of 32 or 64 columns, one after the other, each a SharedTile.
+template <class T, int kRows, int kCols, class Arch>
+struct BoxedTile {
+  static constexpr int kBoxCols = kCols % 64 == 0 ? 64 : 32, kBoxes = kCols / kBoxCols, kBoxBlocks = kBoxCols / 16;
+  using Box = SharedTile<T, kRows, kBoxCols, Arch>;
+  static constexpr int kRowBytes = Box::kRowBytes, kBytes = kBoxes * Box::kBytes;
+  static_assert(kBoxes * kBoxCols == kCols && Box::kBytes % 1024 == 0);
+
+  uint32_t base;
+
+  static __device__ __forceinline__ LaneOffset lane_offset() { return Box::lane_offset(); }
+  __device__ __forceinline__ Box box(int number) const { return {base + number * Box::kBytes}; }
+  __device__ __forceinline__ void load_b(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
+    box(col_block / kBoxBlocks).load_b(r, lane, row_block, col_block % kBoxBlocks);
+  }
+  __device__ __forceinline__ void load_b_transposed(uint32_t (&r)[4], const LaneOffset& lane, int row_block,
+                                                    int col_block) const {
+    box(col_block / kBoxBlocks).load_b_transposed(r, lane, row_block, col_block % kBoxBlocks);
+  }
+};
+
 // The running softmax wants a positive scale. A negative one moves its sign into the query, and 0 becomes a query of
 // zeros, which has the same scores. (Rare, so it is one more pass of a warp over its rows.)
 template <class Tile>
 __device__ __forceinline__ void fold_scale_sign(const Tile& query, int first_row, int rows, float scale) {
   const uint32_t keep = scale < 0.f ? 0xffffffffu : 0u, flip = scale < 0.f ? 0x80008000u : 0u;
-  for (int i = threadIdx.x % 32; i < rows * Tile::kChunksPerRow; i += 32) {
+  for (int i = threadIdx.x % 32; i < rows * Tile::kRowBytes / kChunkBytes; i += 32) {
     const uint32_t address = query.base + first_row * Tile::kRowBytes + i * kChunkBytes;
     const uint4 v = load_shared_16(address);
     store_shared_16(address, {(v.x & keep) ^ flip, (v.y & keep) ^ flip, (v.z & keep) ^ flip, (v.w & keep) ^ flip});

@@ -106,7 +106,7 @@ __device__ __forceinline__ void store_rows(const Tile& tile, int block_row, cons
                                            uint64_t target, int row_bytes, int row0, int rows, int cols,
                                            int col_block = 0) {
   constexpr int kPanel = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;  // lanes that write a row, a chunk each
-  static_assert(kFirst % 2 == 0 && kCount % 2 == 0 && kPanel <= Tile::kChunksPerRow);
+  static_assert(kFirst % 2 == 0 && kCount % 2 == 0 && kCount <= Tile::kChunksPerRow);
   const int lane = threadIdx.x % 32, i = lane % kPanel;
   const int chunk = (col_block + (kFirst + i) / 2 * kColStep) * 2 + i % 2;
   __syncwarp();
