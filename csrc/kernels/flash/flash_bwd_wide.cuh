@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || Flash::kSplitsValue)
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue)
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   const auto fetch_query = [&](const Place& x, int stage) {
