@@ -2,7 +2,7 @@
 // backward and every backend draw the same mask without storing it.
 //
 // Generator: Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; 7 rounds
-// pass BigCrush). Its key is constant and the seed, of 64 random bits, a part of the counter, so that no round keys are
+// pass BigCrush). Its key is constant and the seed, of 63 random bits, a part of the counter, so that no round keys are
 // computed; of the other two counter words, which differ by row and by column, each first counts in the second round's
 // products, so that a loop over the one or the other leaves out much of three rounds (see AlongColumns). One call
 // decides on 16 scores: those of a 32 x 32 block whose rows are alike modulo 8 and whose columns are alike modulo 8. A
@@ -12,7 +12,8 @@
 // A score's number has 15 bits: the low seven of a byte of its own above the byte of another score, so that the chance
 // to be dropped is exact to 1 / 32768, where seven or eight bits alone would make 0 of p = 0.001. What that does: two
 // scores of a call are correlated if the one's own bits leave open what becomes of it, which is 1 in 128, and the
-// other's byte decides, in each of four scores the one with the next: by 0.4 % at most (0.2 % at p = 0.1). Others are not.
+// other's byte decides, in each of four scores the one with the next: by 0.4 % at most (0.2 % at p = 0.1). Others are
+// not.
 //
 // The numbers are compared two at once, as the magnitudes of float16. A NaN is not below anything, hence the bound is
 // on the rarer of the two, what is dropped or what is kept: it is 16384 (2.0) at most, below infinity.
@@ -51,8 +52,8 @@ struct Philox {
 
   uint32_t word[4];
 
-  // Rounds kFirst, kFirst + 1, ... 6. kWideProducts: fewer instructions, but in pairs of registers, and kernels that are
-  // short of them spill.
+  // Rounds kFirst, kFirst + 1, ... 6. kWideProducts: fewer instructions, but in pairs of registers, and kernels that
+  // are short of them spill.
   template <int kFirst, bool kWideProducts>
   SDPA_HOST_DEVICE void run() {
     round<kFirst, kWideProducts>();
@@ -92,10 +93,10 @@ struct Dropout {
   static constexpr uint32_t kOne = 1 << 15;  // above every number
 
   uint64_t seed;
-  uint32_t bounds;     // in both halves
-  uint32_t keeps;      // what is below: ~0, or 0 if that is dropped
-  float chance;        // to be kept
-  float rescale;       // of what is kept; exactly the inverse of `chance`
+  uint32_t bounds;  // in both halves
+  uint32_t keeps;   // what is below: ~0, or 0 if that is dropped
+  float chance;     // to be kept
+  float rescale;    // of what is kept; exactly the inverse of `chance`
   float log2_rescale;
 
   SDPA_HOST_DEVICE static Dropout make(float p, int64_t seed) {

@@ -34,8 +34,8 @@ struct NarrowTile {
   static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim > 32 ? kKeyBlocks : kEdit == ScoreEdit::kMaskGradient ? 0 : 1;
-  // Dropout: whether its numbers are drawn before the scores are there, how (see DroppedBlock), and whether what a head's
-  // draws have in common stays in registers, uniform ones at best. Other settings spill.
+  // Dropout: whether its numbers are drawn before the scores are there, how (see DroppedBlock), and whether what a
+  // head's draws have in common stays in registers, uniform ones at best. Other settings spill.
   static constexpr bool kDrawsEarly = kHeadDim > 64, kPacksDropped = kIsBeforeSm90 || kHeadDim > 64;
   static constexpr bool kKeepsDraws = kHeadDim == (kIsBeforeSm90 ? 64 : 32);
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;

@@ -52,15 +52,16 @@ struct FlashForwardTile {
   static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
   // After which k-step of Q K^T the next tile's copies are issued: what does not spill at 128.
   static constexpr int kKeysAfter = kHeadDim > 64 && kChange == ScoreChange::kFloatMask ? 1 : 0;
-  static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
-                                      : kHeadDim <= 64                     ? 1
-                                      : kChange == ScoreChange::kFloatMask ? 2
+  static constexpr int kValuesAfter = kHeadDim <= 32                                                          ? 0
+                                      : kHeadDim <= 64                                                        ? 1
+                                      : kChange == ScoreChange::kFloatMask                                    ? 2
                                       : kChange == ScoreChange::kDropout && kHeadDim == 128 && kStep == kKeys ? 6
-                                                                           : 4;
+                                                                                                              : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
-      (kHeadDim == 96 && kChange == ScoreChange::kDropout) || kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
+      (kHeadDim == 96 && kChange == ScoreChange::kDropout) ||
+      kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
                           ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.

@@ -142,8 +142,8 @@ __device__ __forceinline__ void dropped_columns(uint32_t (&dropped)[kRowBlocks],
 #pragma unroll 1
   for (uint32_t n = 0; n < 4; ++n) {
     const uint32_t own = 4 * is_right + n, place = 2 * own - own % 2;
-    const Philox x = dropout.numbers(batch_head, first_row / 32,
-                                     Dropout::column_word(first_key / 32, thread % 32 / 4, own));
+    const Philox x =
+        dropout.numbers(batch_head, first_row / 32, Dropout::column_word(first_key / 32, thread % 32 / 4, own));
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
       const bool is_lower = kRowBlocks == 2 ? m == 1 : first_row / 16 % 2 == 1;
