@@ -78,20 +78,18 @@ def dropout_keep(seed: int, p: float, batch_heads: int, rows: int, columns: int)
     """(batch_heads, rows, columns), True where a score is kept: csrc/kernels/attn/dropout.h written again in numpy."""
     batch_head, row, col = np.meshgrid(*map(np.arange, (batch_heads, rows, columns)), indexing="ij")
     u32 = np.uint64(0xFFFFFFFF)
-    c0, c1, c2, c3 = (n.astype(np.uint64) for n in (col // 32, row // 32, batch_head, row % 8 * 8 + col % 8))
-    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)
-    for _ in range(7):
+    low, high = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32 & 0xFFFFFFFF)
+    c0, c1, c3 = (n.astype(np.uint64) for n in (batch_head, row // 32, col // 32 * 64 + row % 8 * 8 + col % 8))
+    c0, c2 = c0 ^ low, np.full_like(c0, high)
+    for number in range(7):
+        k0, k1 = (np.uint64(number * key & 0xFFFFFFFF) for key in (0x9E3779B9, 0xBB67AE85))
         p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & u32, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & u32
-        k0, k1 = k0 + np.uint64(0x9E3779B9) & u32, k1 + np.uint64(0xBB67AE85) & u32
-    own_word = np.choose(row // 16 % 2 * 2 + col // 16 % 2, (c0, c1, c2, c3))
-    own_byte = own_word.astype(np.int64) >> (row // 8 % 2 * 8 + col // 8 % 2 * 16)
-    shared = np.zeros_like(row)
-    for bit in (31, 23, 15, 7):
-        for word in (c0, c1):
-            shared = shared * 2 + (word.astype(np.int64) >> bit & 1)
-    number = own_byte % 128 * 256 + 255 - shared
-    return torch.from_numpy(number < dropout_threshold(p))
+    word = np.choose(row // 16 % 2 * 2 + col // 16 % 2, (c0, c1, c2, c3)).astype(np.int64)
+    byte = row // 8 % 2 + col // 8 % 2 * 2
+    number = (word >> 8 * byte) % 128 * 256 + (word >> (byte + 3) % 4 * 8) % 256
+    kept = dropout_threshold(p)
+    return torch.from_numpy(number < kept if kept < 16384 else number >= 32768 - kept)
 
 
 def upcoming_seed(device: str | torch.device) -> int:

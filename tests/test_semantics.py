@@ -244,6 +244,11 @@ def test_dropout_with_mask_and_groups(device, backend):
     )
 
 
+@pytest.mark.parametrize("E", [32, 64, 80, 96, 128, 160, 256])
+def test_dropout_over_many_keys(device, backend, E):
+    check(backend, *inputs(device, HALF, B=1, H=2, L=40, S=200, E=E), dropout_p=0.4)
+
+
 def test_dropout_follows_the_generator(device, backend):
     args = inputs(device, L=64, S=64, grad=False)
     require(backend, *args, dropout_p=0.5)

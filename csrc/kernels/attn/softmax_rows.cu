@@ -93,7 +93,7 @@ __device__ void store(float* row, int64_t column, float4 x, DType dtype) {
 }
 
 template <int kLanes, bool kBackward>
-__global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
+__global__ void __launch_bounds__(RowGroup<kLanes>::kThreads, kBackward ? 2 : 3)
     softmax_rows_kernel(const __grid_constant__ SoftmaxRows p) {
   using Group = RowGroup<kLanes>;
   constexpr int kStep = kLanes * 4, kTile = Group::kColumns;
@@ -111,16 +111,16 @@ __global__ void __launch_bounds__(RowGroup<kLanes>::kThreads)
   // Bit i says whether dropout keeps column + i. Eight lanes have 32 neighbouring columns; each draws for every eighth
   // of them (see dropout.h), and all lanes of the warp see what became of all.
   const auto kept_of = [&](uint32_t column) {
-    const uint32_t half = row / 16 % 2, bit = 7 + row / 8 % 2 * 8;
     Dropout here = dropout;
     constexpr bool kSpills = kIsBeforeSm90 && (kBackward || kChip >= 75);
     if constexpr (kSpills) here = Dropout::make_anew(p.dropout_p, p.seed);
-    const Dropped16 drawn = here.draw(batch_head, row / 32, column / 32, row % 8, lane % 8);
-    const uint32_t left = drawn.word_of(half, 0) >> bit, right = drawn.word_of(half, 1) >> bit;
+    const Philox x = here.numbers(batch_head, row / 32, Dropout::column_word(column / 32, row % 8, lane % 8));
+    const auto below = [&](uint32_t word) { return here.below(__funnelshift_l(word, word, ~row & 8)); };
+    const uint32_t left = below(row & 16 ? x.word[2] : x.word[0]), right = below(row & 16 ? x.word[3] : x.word[1]);
     const auto all = [](uint32_t x) { return __ballot_sync(0xffffffffu, x & 1); };
     const uint32_t octets[4] = {all(left), all(left >> 16), all(right), all(right >> 16)};
     const uint32_t of_left = lane & 2 ? octets[1] : octets[0], of_right = lane & 2 ? octets[3] : octets[2];
-    return ~(lane & 4 ? of_right : of_left) >> (lane % 32 / 8 * 8 + lane % 2 * 4) & 15u;
+    return ~((lane & 4 ? of_right : of_left) ^ here.keeps) >> (lane % 32 / 8 * 8 + lane % 2 * 4) & 15u;
   };
   const auto drop = [](float4& x, uint32_t kept) {
     if (!(kept & 1)) x.x = 0.f;

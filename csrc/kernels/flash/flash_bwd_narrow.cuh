@@ -34,9 +34,10 @@ struct NarrowTile {
   static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim > 32 ? kKeyBlocks : kEdit == ScoreEdit::kMaskGradient ? 0 : 1;
-  // Dropout: whether its numbers are drawn before the scores are there, and how (see DroppedBlock). Other settings
-  // spill.
-  static constexpr bool kDrawsEarly = kHeadDim > 64, kPacksDropped = kHeadDim > 32;
+  // Dropout: whether its numbers are drawn before the scores are there, how (see DroppedBlock), and whether what a
+  // head's draws have in common stays in registers, uniform ones at best. Other settings spill.
+  static constexpr bool kDrawsEarly = kHeadDim > 64, kPacksDropped = kIsBeforeSm90 || kHeadDim > 64;
+  static constexpr bool kKeepsDraws = kHeadDim == (kIsBeforeSm90 ? 64 : 32);
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : kHeadDim <= 64 ? 2 : 1;
 };
 
@@ -51,7 +52,7 @@ struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
   static constexpr int kStages = 1, kGradStages = 1;
   static constexpr bool kValueInRegisters = true;
   static constexpr int kEarlyMaskWords = kKeyBlocks;
-  static constexpr bool kDrawsEarly = false, kPacksDropped = kHeadDim > 32;
+  static constexpr bool kDrawsEarly = false, kPacksDropped = kHeadDim > 32, kKeepsDraws = false;
   static constexpr int kBlocksPerSm = 1;
 };
 
@@ -231,10 +232,19 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   }
   wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
   if (exists(here)) publish_row(read_row(here), here);
+  [[maybe_unused]] DrawsOfHead draws;
+  [[maybe_unused]] int head_drawn = -1;
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
     for (; exists(here); here = after(here), parity ^= 1) {
+      if constexpr (kDrops && Tile::kKeepsDraws) {
+        if (here.head != head_drawn) {
+          head_drawn = here.head;
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
+          draws = DrawsOfHead::make(dropout.with_seed(*p.seed), batch_head);
+        }
+      }
       start_anew();
       // This query tile has landed; every warp is done with the one before, its stage and its dS.
       wait_for_copies<Arch>();
@@ -251,7 +261,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
                                        q0 + kQueryTile <= range.L && k0 + kKeyTile <= range.S;
       const bool drops = kDrops || (kHasMask && p.dropout_p > 0.f);
       int steps = kQueryTile / kStep;
-      constexpr bool kRollsDropout = kHeadDim > 64 || (kHeadDim == 32 && kIsBeforeSm90);
+      constexpr bool kRollsDropout = kHeadDim > 64;
       constexpr bool kRolls = kHasMask || (kDrops && kRollsDropout) || !Arch::kAsyncCopy;
       if constexpr (kRolls) asm volatile("" : "+r"(steps));  // keeps the loop rolled, where unrolling it spills
       constexpr int kUnroll = kRolls || (Tile::kWalks && kIsBeforeSm90) ? 1 : kQueryTile / kStep;
@@ -267,6 +277,10 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         const auto draw_dropped = [&](int k) {
           asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
+          if constexpr (kDrops && Tile::kKeepsDraws) {
+            dropped.draw(dropout, draws, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
+            return;
+          }
           dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
         };
         if constexpr (kDrops && Tile::kDrawsEarly) draw_dropped(0);
@@ -357,7 +371,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
             for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
             float (&grad_left)[4] = grad_scores[m][2 * k], (&grad_right)[4] = grad_scores[m][2 * k + 1];
             if constexpr (kDrops) {
-              dropped.gradient(a[m], left, right, grad_left, grad_right, deltas, m, k);
+              dropped.gradient(a[m], left, right, grad_left, grad_right, deltas, dropout, m, k);
             } else if (drops) {
               dropped.drop(a[m], left, right, grad_left, grad_right, dropout.rescale, m);
             } else {

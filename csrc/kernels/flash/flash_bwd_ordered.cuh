@@ -96,7 +96,7 @@ struct ScoreGradient {
           dropped.draw(draw, batch_head, row0 / 32, (k0 + n * 8) / 32, row0 / 16 % 2 == 1,
                        kKeys % 32 != 0 && k0 / 16 % 2 == 1);
         }
-        if (n % 2 == 0) dropped.drop(grad_scores[n], grad_scores[n + 1], 0, n / 2 % 2);
+        if (n % 2 == 0) dropped.drop(grad_scores[n], grad_scores[n + 1], dropout, 0, n / 2 % 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) grad_scores[n][i] *= dropout.rescale;
       }

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || Flash::kSplitsValue)
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue)
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   // By copy_box one thread fetches everything; `to_fill` counts what lands.
@@ -495,7 +495,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
           for (int i = 0; i < 4; ++i) left[i] = exp2_approx(left[i]), right[i] = exp2_approx(right[i]);
           uint32_t (&a)[4] = own_probabilities[n][m], (&b)[4] = own_scores[n][m];
           if constexpr (kDrops) {
-            dropped.gradient(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], deltas, m, n);
+            dropped.gradient(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], deltas, dropout, m, n);
           } else if (drops) {
             dropped.drop(a, left, right, grad_scores[n][m][0], grad_scores[n][m][1], dropout.rescale, m);
           } else {

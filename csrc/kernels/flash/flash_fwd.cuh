@@ -53,21 +53,22 @@ struct FlashForwardTile {
   static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
   // After which k-step of Q K^T the next tile's copies are issued: what does not spill at 128.
   static constexpr int kKeysAfter = kHeadDim > 64 && kChange == ScoreChange::kFloatMask ? 1 : 0;
-  static constexpr int kValuesAfter = kHeadDim <= 32                       ? 0
-                                      : kHeadDim <= 64                     ? 1
-                                      : kChange == ScoreChange::kFloatMask ? 2
-                                      : kIsWideDropout && kStep == kKeys   ? 6
-                                                                           : 4;
+  static constexpr int kValuesAfter = kHeadDim <= 32                                                          ? 0
+                                      : kHeadDim <= 64                                                        ? 1
+                                      : kChange == ScoreChange::kFloatMask                                    ? 2
+                                      : kChange == ScoreChange::kDropout && kHeadDim == 128 && kStep == kKeys ? 6
+                                                                                                              : 4;
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
+      (kHeadDim == 96 && kChange == ScoreChange::kDropout) ||
       kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
                           ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions =
       kChange != ScoreChange::kFloatMask && kChange != ScoreChange::kAnyMask && !(kIsWideDropout && kStep < kKeys);
-  static constexpr bool kKeepsSeed = kHeadDim <= 64;  // in registers, over the loop
+  static constexpr bool kKeepsDraws = kHeadDim <= 64;  // what they have in common, in registers, over the loop
 };
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
@@ -86,10 +87,11 @@ struct FlashForward {
 
   // Of a row in shared memory.
   static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
-  static constexpr bool kFewAddresses = kBool || kFloat || kCols >= 192 || Tile::kFewAddresses;
+  static constexpr bool kFewAddresses = (kBool && kHeadDim < 128) || kFloat || kCols >= 192 || Tile::kFewAddresses;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
-  using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>, InOrder>;
+  using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>,
+                                      std::conditional_t<kChange == ScoreChange::kDropout, PairedOctets, InOrder>>;
   using Stream = TileStream<KeyTile, kThreads, KeyOrder, kHeadDim, Tile::kRecomputeAddresses>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using MaskTile = PaddingTile<kKeyTile>;
@@ -101,12 +103,13 @@ struct FlashForward {
   static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
   static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
+  static_assert(Tile::kKeysAfter < kSteps && Tile::kValuesAfter < kSteps);
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= kCols && kKeyTile % 16 == 0);
   static_assert(!(kBool || kFloat) || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
 
   // The key in column n * 8 + lane % 4 * 2 + i % 2 of the scores.
   static __device__ __forceinline__ int key(int lane, int n, int i) {
-    return KeyOrder::key(n * 8) + KeyOrder::key(lane % 4 * 2) + i % 2;
+    return KeyOrder::key(n * 8) + KeyOrder::key(lane % 4 * 2) + KeyOrder::key(i % 2);
   }
 };
 
@@ -251,10 +254,14 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
   }
 
-  [[maybe_unused]] Dropout seeded = dropout;
-  if constexpr (kChange == ScoreChange::kDropout && Tile::kKeepsSeed) {
-    seeded.seed = static_cast<uint64_t>(*p.seed);
-    asm volatile("" : "+l"(seeded.seed));
+  [[maybe_unused]] AlongColumns draws;
+  if constexpr (kChange == ScoreChange::kDropout && Tile::kKeepsDraws) {
+    draws = AlongColumns::make(dropout.with_seed(*p.seed), static_cast<uint32_t>(p.first_batch_head) + batch_head,
+                               (q0 / 16 + warp_block) / 2);
+    draws.first ^= DroppedBlock<false, false, true>::column_word(0);
+    asm volatile("" : "+r"(draws.first), "+r"(draws.second));
+#pragma unroll
+    for (auto& x : draws.third) asm volatile("" : "+r"(x));
   }
   for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1) {
     const int k0 = tile * kKeyTile;
@@ -389,11 +396,15 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       for (int k = 0; k < kStep / 16; ++k) {
         if constexpr (kChange == ScoreChange::kDropout) {
           if (k % 2 == 0) {
-            const Dropout draw = Tile::kKeepsSeed ? seeded : dropout.with_seed(*p.seed);
-            asm volatile("" : "+r"(batch), "+r"(head));  // what is made of them does not stay in registers
-            const int block = q0 / 16 + warp_block;
-            dropped.draw(draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head, block / 2,
-                         (k0 + step * kStep + k * 16) / 32, kRowBlocks == 1 && block % 2 == 1);
+            const int block = q0 / 16 + warp_block, block_col = (k0 + step * kStep + k * 16) / 32;
+            if constexpr (Tile::kKeepsDraws) {
+              const auto numbers = [&](uint32_t n) { return draws.numbers<true>(block_col * 64 + n); };
+              dropped.draw(dropout, numbers, kRowBlocks == 1 && block % 2 == 1, false);
+            } else {
+              asm volatile("" : "+r"(batch), "+r"(head));  // what is made of them does not stay in registers
+              dropped.draw(dropout.with_seed(*p.seed), static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
+                           block / 2, block_col, kRowBlocks == 1 && block % 2 == 1);
+            }
           }
         }
         uint32_t probability[kRowBlocks][4];
@@ -402,7 +413,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
           softmax.exponentiate(scores[m][2 * k], m);
           softmax.exponentiate(scores[m][2 * k + 1], m);
           to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
-          if constexpr (kChange == ScoreChange::kDropout) dropped.drop(probability[m], m, k % 2);
+          if constexpr (kChange == ScoreChange::kDropout) dropped.drop_paired(probability[m], dropout, m, k % 2);
         }
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {

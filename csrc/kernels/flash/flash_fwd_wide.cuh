@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, k
         softmax.exponentiate(scores[m][2 * k], m);
         softmax.exponentiate(scores[m][2 * k + 1], m);
         to_operand<T>(probability[k][m], scores[m][2 * k], scores[m][2 * k + 1]);
-        if constexpr (kChange == ScoreChange::kDropout) dropped_block.drop(probability[k][m], m, k);
+        if constexpr (kChange == ScoreChange::kDropout) dropped_block.drop(probability[k][m], dropout, m, k);
         probability_tile.put_a(probability[k][m], team_block + m, side * kKeyBlocks + k);
       }
     }
