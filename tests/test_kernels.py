@@ -200,6 +200,23 @@ def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
     check(FLASH, *tensors, mask, **kwargs)
 
 
+SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so many heads that all do not run at once
+    pytest.param(dtype, call, id=f"{dtype}-{name_of(call)}")
+    for dtype in ("float16", "bfloat16")
+    for call in decode_calls(FLASH, 80, dtype)
+    if max(call["dims"]) <= 128
+]
+
+
+@pytest.mark.parametrize("dtype, call", SMALL_DECODE_CALLS)
+def test_small_blocks_of_decoding(use_path, monkeypatch, dtype, call):
+    use_path(FLASH, 80, dtype)
+    monkeypatch.setenv("SDPA_FORCE_ARCH", "86")
+    tensors, mask = tensors_of(call, dtype, grad=False)
+    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
+    check(FLASH, *tensors, mask, **kwargs)
+
+
 @pytest.mark.parametrize("S", [300, 70_000])
 @paths
 def test_short_queries_with_masked_keys(use_path, which, path, dtype, S):
