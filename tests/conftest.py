@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's determini
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 
-GPU_WORKERS = 3  # of xdist's: more processes on one GPU wait for each other longer than they work
+GPU_WORKERS = 7  # of xdist's: the more processes there are on one GPU, the longer they wait for each other
 
 
 def pytest_configure(config: pytest.Config) -> None:

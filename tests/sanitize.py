@@ -67,6 +67,9 @@ def calls(few):
             yield from ((EFFICIENT, None, FLOAT, D, 150, 170, 3, kind, tf32) for kind in kinds)
             yield EFFICIENT, None, FLOAT, D, 300, 200, MANY_HEADS, "causal", tf32
         yield EFFICIENT, None, FLOAT, D, 150, 170, 3, "plain", False, True
+    for D in (64, 128):  # without gradients such few queries have kernels of their own
+        yield from ((FLASH, path, BRAIN, D, 3, 700, 5, "bool") for path in (None, 86))
+        yield EFFICIENT, None, FLOAT, D, 3, 700, 5, "bool"
     if not few:
         for path, dtype in ((70, HALF), (70, FLOAT), (75, FLOAT), (75, HALF)):
             yield from ((EFFICIENT, path, dtype, D, 90, 130, 3, "bias") for D in (32, 64, 128))

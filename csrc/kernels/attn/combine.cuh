@@ -30,6 +30,18 @@ __global__ void __launch_bounds__(kCombineThreads)
   const float2* const statistics = reinterpret_cast<const float2*>(p.split_scratch) + row * parts;
   const float* const outputs = p.split_scratch + p.B * p.H * p.L * parts * 2 + row * parts * Ev;
 
+  // A warp's first outputs are on their way while the weights are made.
+  constexpr int kAhead = 2;
+  float ahead[kAhead][kCols];
+#pragma unroll
+  for (int n = 0; n < kAhead; ++n) {
+    const int part = warp + n * kWarps;
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+      const int col = lane + i * 32;
+      ahead[n][i] = part < parts && col < Ev ? outputs[int64_t{part} * Ev + col] : 0.f;
+    }
+  }
   float top = -FLT_MAX, total = 0.f;
   for (int part = lane; part < parts; part += 32) top = fmaxf(top, statistics[part].x);
 #pragma unroll
@@ -44,8 +56,15 @@ __global__ void __launch_bounds__(kCombineThreads)
   __syncthreads();
 
   float sum[kCols] = {};
+#pragma unroll
+  for (int n = 0; n < kAhead; ++n) {
+    const int part = warp + n * kWarps;
+    const float weight = part < parts ? weights[part] : 0.f;
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) sum[i] += weight * ahead[n][i];
+  }
 #pragma unroll 4
-  for (int part = warp; part < parts; part += kWarps) {
+  for (int part = warp + kAhead * kWarps; part < parts; part += kWarps) {
 #pragma unroll
     for (int i = 0; i < kCols; ++i) {
       if (lane + i * 32 < Ev) sum[i] += weights[part] * outputs[int64_t{part} * Ev + lane + i * 32];

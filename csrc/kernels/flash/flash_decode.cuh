@@ -22,6 +22,19 @@
 
 namespace sdpa {
 
+// What L2 does with what is read once, or is read again by other blocks.
+__device__ __forceinline__ uint64_t l2_policy(bool is_read_once) {
+  uint64_t once, again;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(again));
+  return is_read_once ? once : again;
+}
+__device__ __forceinline__ void cp_async_chunk(uint32_t destination, const void* source, int valid, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(destination), "l"(source),
+               "r"(valid), "l"(policy)
+               : "memory");
+}
+
 template <class Arch, class T, int kHeadDim, int kWarps_>
 struct FlashDecode {
   static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
@@ -37,8 +50,9 @@ struct FlashDecode {
   static_assert(kSumBytes <= kSharedBytes && kSharedBytes == decode_shared_bytes(kWarps));
   static_assert(kWarps > kSmallDecodeBlock.warps || kSharedBytes <= Arch::kSharedBytes);
 
-  // Starts the copies of 16 rows, by one warp; what lies outside the operand becomes zero.
-  static __device__ __forceinline__ void fetch(const KeyTile& tile, const HeadRows<const T>& source, int row0) {
+  // Starts the copies of 16 rows, by one warp; what lies outside the operand becomes zero. `policy`: of L2.
+  static __device__ __forceinline__ void fetch(const KeyTile& tile, const HeadRows<const T>& source, int row0,
+                                               uint64_t policy) {
     using Access = typename HeadRows<const T>::Access;
     constexpr int kChunks = KeyTile::kChunksPerRow, kRowStep = 32 / kChunks;
     const int lane = threadIdx.x % 32, first = lane / kChunks, chunk = lane % kChunks, rows = source.rows - row0;
@@ -47,7 +61,8 @@ struct FlashDecode {
     if (source.access == Access::kChunk) {
 #pragma unroll
       for (int row = 0; row < kKeyTile; row += kRowStep) {
-        cp_async<16>(tile.base + KeyTile::offset(first + row, chunk), from, first + row < rows ? present * 2 : 0);
+        cp_async_chunk(tile.base + KeyTile::offset(first + row, chunk), from, first + row < rows ? present * 2 : 0,
+                       policy);
         from += kRowStep * source.row_stride;
       }
     } else if (source.access == Access::kWord) {
@@ -147,11 +162,12 @@ __global__ void __launch_bounds__(FlashDecode<Arch, T, kHeadDim, kWarps>::kThrea
   const auto key_tile = [&](int stage) { return KeyTile{base + stage * Flash::kStageBytes}; };
   const auto value_tile = [&](int stage) { return KeyTile{base + stage * Flash::kStageBytes + KeyTile::kBytes}; };
   const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+  const uint64_t policy = l2_policy(row_tiles == 1);
   // A group of copies, also where there is no such tile.
   const auto fetch = [&](int tile, int stage) {
     if (tile < end_tile) {
-      Flash::fetch(key_tile(stage), key, tile * kKeyTile);
-      Flash::fetch(value_tile(stage), value, tile * kKeyTile);
+      Flash::fetch(key_tile(stage), key, tile * kKeyTile, policy);
+      Flash::fetch(value_tile(stage), value, tile * kKeyTile, policy);
     }
     cp_async_end_group();
   };
