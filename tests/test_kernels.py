@@ -29,7 +29,7 @@ LENGTHS += [(257, 127), (200, 333), (16, 1031), (515, 511)]
 LAYOUTS = ["contiguous", "contiguous", "transposed", "columns", "step", "odd", "packed"]
 MASKS = ["bool", "float16", "bfloat16", "float32"]
 MASK_SHAPES = ["LS", "1S", "L1", "HLS", "B11S", "B1LS", "BHLS", ""]
-PLAIN, ALL = 30, 40  # calls of each path: without mask and dropout, and with
+PLAIN, ALL = 30, 30  # calls of each path: without mask and dropout, and with; all head dims are among them
 
 
 def sampled(choices, count, dice):
@@ -69,7 +69,7 @@ def wide_calls(backend, path, dtype):
     dice = random.Random(f"wide {backend.name} {path} {dtype}")
     if backend != EFFICIENT:
         return
-    for call in calls(backend, path, dtype):
+    for call in [*calls(backend, path, dtype)][::2]:
         yield call | {"dims": dice.choice([(512, 512), (300, 40), (40, 300), (257, 272), (384, 500)]), "wide": True}
 
 
@@ -277,9 +277,14 @@ PROFILES = {  # of the scores along the keys; exact in every dtype, so that eage
 }
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+ADVERSARIAL = [  # each profile and each head dim with and without
+    (profile, head_dim, (i + j) % 2 == 1)
+    for i, profile in enumerate(PROFILES)
+    for j, head_dim in enumerate((32, 64, 128, 256))
+]
+
+
+@pytest.mark.parametrize("profile, head_dim, is_causal", ADVERSARIAL)
 @paths
 def test_adversarial_scores(use_path, which, path, dtype, head_dim, is_causal, profile):
     use_path(which, path, dtype)
