@@ -156,12 +156,16 @@ def tensors_of(call, dtype, grad=True, B=2):
     return made, make(*shape, dtype=getattr(torch, call["mask"]), device="cuda", grad=grad)
 
 
+def check_call(which, dtype, call, grad=True):
+    tensors, mask = tensors_of(call, dtype, grad)
+    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
+    check(which, *tensors, mask, **kwargs)
+
+
 @pytest.mark.parametrize("which, path, dtype, call", CASES)
 def test_against_float64(use_path, which, path, dtype, call):
     use_path(which, path, dtype)
-    tensors, mask = tensors_of(call, dtype)
-    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
-    check(which, *tensors, mask, **kwargs)
+    check_call(which, dtype, call)
 
 
 paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
@@ -177,9 +181,7 @@ INFERENCE_CASES = [
 @pytest.mark.parametrize("which, path, dtype, call", INFERENCE_CASES)
 def test_inference_against_float64(use_path, which, path, dtype, call):
     use_path(which, path, dtype)
-    tensors, mask = tensors_of(call, dtype, grad=False)
-    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
-    check(which, *tensors, mask, **kwargs)
+    check_call(which, dtype, call, grad=False)
 
 
 SMALLER_CHIPS = [  # with less shared memory: other tiles, or ways to copy, for heads wider than this
@@ -195,9 +197,7 @@ SMALLER_CHIPS = [  # with less shared memory: other tiles, or ways to copy, for 
 def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
     use_path(FLASH, 80, dtype)
     monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
-    tensors, mask = tensors_of(call, dtype)
-    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
-    check(FLASH, *tensors, mask, **kwargs)
+    check_call(FLASH, dtype, call)
 
 
 SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so many heads that all do not run at once
@@ -212,9 +212,7 @@ SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so
 def test_small_blocks_of_decoding(use_path, monkeypatch, dtype, call):
     use_path(FLASH, 80, dtype)
     monkeypatch.setenv("SDPA_FORCE_ARCH", "86")
-    tensors, mask = tensors_of(call, dtype, grad=False)
-    kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
-    check(FLASH, *tensors, mask, **kwargs)
+    check_call(FLASH, dtype, call, grad=False)
 
 
 @pytest.mark.parametrize("S", [300, 70_000])
