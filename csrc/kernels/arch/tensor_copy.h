@@ -5,15 +5,15 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 
+#include "../attn/launch.h"
 #include "../attn/params.h"
 
 namespace sdpa {
 
-constexpr int kSm90SharedBytes =
-    227 * 1024;  // of a block; chips that have less have no such copies, or are not asked for
+// Of a block. Chips that have less have no such copies, or are not asked for them.
+constexpr int kSm90SharedBytes = 227 * 1024;
 
 // Describes `rows` x `cols` of 16-bit elements of each (batch, head) of x, in boxes of box_rows x box_cols, which is 32
 // or 64. In shared memory a box's rows follow each other, swizzled as those of a SharedTile. False if the chip does not
@@ -44,22 +44,6 @@ bool describe_tensor(CUtensorMap& map, const Operand& x, int64_t batches, int64_
                 sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 box_cols == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// Whether the code of kKernel that runs here was compiled for sm90 or newer.
-template <auto kKernel>
-bool runs_as_sm90() {
-  static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
-  const uint64_t bit = uint64_t{1} << device;
-  if (!(devices_asked.load(std::memory_order_acquire) & bit)) {
-    cudaFuncAttributes of{};
-    if (cudaFuncGetAttributes(&of, kKernel) != cudaSuccess) return false;
-    if (of.ptxVersion >= 90 && of.binaryVersion >= 90) devices_able.fetch_or(bit, std::memory_order_relaxed);
-    devices_asked.fetch_or(bit, std::memory_order_release);
-  }
-  return (devices_able.load(std::memory_order_relaxed) & bit) != 0;
 }
 
 // The box that begins at (row, col) to shared memory; what lies outside the tensor becomes zero. `barrier` counts its

@@ -44,20 +44,26 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
+// Whether the code of kKernel that runs here was compiled for sm90 or newer.
+template <auto kKernel>
+bool runs_as_sm90() {
+  static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  const uint64_t bit = uint64_t{1} << device;
+  if (!(devices_asked.load(std::memory_order_acquire) & bit)) {
+    cudaFuncAttributes of{};
+    if (cudaFuncGetAttributes(&of, kKernel) != cudaSuccess) return false;
+    if (of.ptxVersion >= 90 && of.binaryVersion >= 90) devices_able.fetch_or(bit, std::memory_order_relaxed);
+    devices_asked.fetch_or(bit, std::memory_order_release);
+  }
+  return (devices_able.load(std::memory_order_relaxed) & bit) != 0;
+}
+
 // Launches a kernel that calls wait_for_predecessor. Early only if the code that will run was compiled for sm90 or
 // newer: older code, translated for a newer chip, would not wait.
 template <auto kKernel, class... Arguments>
 cudaError_t launch_early(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
-  static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (bit != 0 && !(devices_asked.load(std::memory_order_acquire) & bit)) {
-    cudaFuncAttributes of{};
-    if (const cudaError_t error = cudaFuncGetAttributes(&of, kKernel); error != cudaSuccess) return error;
-    if (of.ptxVersion >= 90 && of.binaryVersion >= 90) devices_able.fetch_or(bit, std::memory_order_relaxed);
-    devices_asked.fetch_or(bit, std::memory_order_release);
-  }
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -67,7 +73,7 @@ cudaError_t launch_early(dim3 grid, int threads, int shared_bytes, cudaStream_t 
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = (devices_able.load(std::memory_order_relaxed) & bit) != 0 ? 1 : 0;
+  config.numAttrs = runs_as_sm90<kKernel>() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
