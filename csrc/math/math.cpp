@@ -86,7 +86,7 @@ struct Independent {
   bool batches = true, heads = true;
 };
 
-// Calls heads(chunk, for_rows) for each set of heads, where for_rows(step) calls step(chunk) for each set of their
+// Calls heads_of(chunk, for_rows) for each set of heads, where for_rows(step) calls step(chunk) for each set of their
 // rows.
 template <class Heads>
 void for_chunks(const Call& call, int64_t bytes_per_score, Independent independent, Heads heads_of) {

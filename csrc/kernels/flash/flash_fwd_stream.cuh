@@ -232,12 +232,7 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
 template <class Flash, auto kKernel, class T>
 cudaError_t launch_forward_stream(const ForwardParams& p, cudaStream_t stream) {
   const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  const int64_t bytes_per_head = p.S * (p.E + p.Ev) * static_cast<int64_t>(sizeof(T)) / p.group;
-  auto order = BlockOrder::make(query_tiles, p.B * p.H, bytes_per_head);
-  if (!p.is_causal) {  // as many as fit, even if they leave a smaller group: D192 is 3 % slower with 4 than with 5
-    order.heads_at_once = std::clamp<int64_t>(BlockOrder::kL2Share / std::max<int64_t>(bytes_per_head, 1), 1,
-                                              std::max<int64_t>(order.heads, 1));
-  }
+  auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   int64_t blocks = order.blocks();
   if (blocks == 0) return cudaSuccess;
