@@ -168,7 +168,7 @@ def assert_close_to_reference(
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", grad: bool = True) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+    return torch.randn(shape, dtype=torch.float64, device=device).to(dtype).requires_grad_(grad)
 
 
 def strided(t: Tensor, how: str) -> Tensor:
@@ -253,7 +253,7 @@ def check(
     if not names:
         assert not output.requires_grad
         return (output,)
-    grad_output = torch.randn(expected.shape, dtype=torch.float64).to(query.device, query.dtype)
+    grad_output = torch.randn(expected.shape, dtype=torch.float64, device=query.device).to(query.dtype)
     wanted = [[t for t in leaf if t.requires_grad] for leaf in (tensors, truth, naive)]
     grads = torch.autograd.grad(output, wanted[0], grad_output)
     true = torch.autograd.grad(expected, wanted[1], grad_output.double())

@@ -36,13 +36,16 @@ __device__ __forceinline__ bool sync_threads_or(int number, bool x) {
   return any != 0;
 }
 
-// How often a warp's arrive_warp counts. To compute-sanitizer's racecheck the arrival of one lane says nothing of what
-// the others did before the __syncwarp ahead of it, so in a build for it every lane arrives (tests/sanitize.py).
+// A build for compute-sanitizer's racecheck (tests/sanitize.py). It reports hazards where some of a block's warps have
+// come to more sync_threads than others, although a __syncthreads of all lies between (bench/NOTES.md), so there they
+// come to as many. And to it the arrival of one lane says nothing of what the others did before the __syncwarp ahead of
+// it, so there every lane arrives.
 #if defined(SDPA_RACECHECK)
-constexpr int kWarpArrivals = 32;
+constexpr bool kForRacecheck = true;
 #else
-constexpr int kWarpArrivals = 1;
+constexpr bool kForRacecheck = false;
 #endif
+constexpr int kWarpArrivals = kForRacecheck ? 32 : 1;  // how often arrive_warp counts
 
 // To arrive and to wait are two things here, and a warp can do something else in between. A phase ends when as many
 // have arrived as `init` was told; the first has parity 0. To wait for the phase before the first (parity 1) takes no
@@ -63,7 +66,7 @@ struct SharedBarrier {
   // For what all lanes of the warp did before: kWarpArrivals times.
   __device__ __forceinline__ void arrive_warp() const {
     if constexpr (kIsReal) __syncwarp();
-    if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) arrive();
+    if (kForRacecheck || threadIdx.x % 32 == 0) arrive();
   }
   // As soon as this thread's copies up to now have landed.
   __device__ __forceinline__ void arrive_with_copies() const {

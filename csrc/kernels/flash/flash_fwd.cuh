@@ -17,6 +17,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
+#include "flash_fwd_ring.cuh"
 #include "flash_fwd_stream.cuh"
 #include "flash_fwd_tensor.cuh"
 #include "flash_fwd_wide.cuh"
@@ -468,8 +469,11 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
     if constexpr (kHeadDim == 96 || kHeadDim == 128) {  // at 64 columns it is hardly faster
       if (streams_forward(p, kMaxPosition)) {
         bool done;
-        const auto error = flash_forward_tensor<Arch, T, kHeadDim>(p, stream, done);
-        if (done) return error;
+        auto error = flash_forward_tensor<Arch, T, kHeadDim>(p, stream, done);
+        if (!done && error == cudaSuccess && p.S > kMostStreamedKeys) {
+          error = flash_forward_ring<Arch, T, kHeadDim>(p, stream, done);
+        }
+        if (done || error != cudaSuccess) return error;
       }
     }
     if (streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);

@@ -77,6 +77,24 @@ struct TileStream {
   }
 };
 
+// A warp's share of a tile's rows, of kWarps such shares, from the head's row `row0` on; rows from `rows` on and
+// columns from `cols` on become zero. Neighbouring lanes take neighbouring chunks, whatever rows these are of: the
+// fewer rows an instruction touches, the less it costs.
+template <int kWarps, class Tile>
+__device__ __forceinline__ void fill_share(const Tile& tile, uint64_t from, int row_bytes, int row0, int rows, int cols,
+                                           bool run) {
+  constexpr int kChunks = Tile::kChunksPerRow, kRows = Tile::kRows / kWarps;
+  static_assert(kRows * kWarps == Tile::kRows && kRows * kChunks % 32 == 0);
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRows;
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {
+    const int number = i * 32 + lane, row = first + number / kChunks, chunk = number % kChunks;
+    cp_async_16_if(run, tile.base + Tile::offset(row, chunk),
+                   from + int64_t{row0 + row} * row_bytes + chunk * kChunkBytes,
+                   row0 + row < rows && chunk * kChunkElements < cols);
+  }
+}
+
 // Rows [from, from + count) of a tile, by one warp, from rows row0, row0 + 1, ... of the head whose first row is at
 // `source`; rows from `rows` on and columns from `cols` on become zero.
 template <int kColumns, class Tile>

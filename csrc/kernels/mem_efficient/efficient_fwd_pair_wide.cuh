@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
   for (int first_key = 0; matters(first_key); first_key += Shape::kKeys) {
     __syncthreads();  // the keys are there, and nobody reads values any more
     value_tile.fetch_in_place(values(), first_key, 0);
-    const bool sees = !p.is_causal || first_key < warp_query() + Shape::kWarpRows;  // some key for one of its queries
+    // Whether one of its queries sees some key.
+    const bool sees = kForRacecheck || !p.is_causal || first_key < warp_query() + Shape::kWarpRows;
     Scores<Warp> score;
     if (sees) {
       multiply_wide_scores<kSplit, false, Warp>(score, query_tile, warp() / 2 * kRowBlocks, 0, key_tile, half(),

@@ -29,7 +29,7 @@ struct SharedRows {
   }
   __device__ __forceinline__ void put(int i, float x) const { store_shared_4(place(half, i), __float_as_uint(x)); }
   __device__ __forceinline__ float get(int i) const { return load_shared_4(place(half ^ 1, i)); }
-  __device__ __forceinline__ bool any(bool x) const { return sync_threads_or<64>(barrier, x); }
+  __device__ __forceinline__ bool any(bool x) const { return sync_threads_or<64>(barrier, x) || kForRacecheck; }
   // Calls use(i, x) with what the other warp passed as x[i], which a row's four lanes have alike.
   template <class F>
   __device__ __forceinline__ void exchange(const float (&x)[Warp::kRowsOwned], F use) const {

@@ -1,0 +1,234 @@
+// Flash attention forward without mask and dropout, for operands whose rows are whole aligned chunks and for many keys:
+// flash_fwd.cuh's loop by twice the warps. Of a tile's copies, which take 10 to 20 % of the time, each warp has half as
+// many, and no warp waits for the others: barriers in shared memory tell what has landed and what may be overwritten.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../arch/arch.h"
+#include "../arch/barrier.h"
+#include "../attn/block_range.h"
+#include "../attn/launch.h"
+#include "../attn/params.h"
+#include "../attn/softmax.h"
+#include "tile.cuh"
+#include "tile_stream.cuh"
+
+namespace sdpa {
+
+template <class Arch, class T, int kHeadDim>
+struct FlashForwardRing {
+  static constexpr int kWarps = 8, kThreads = kWarps * 32;
+  static constexpr int kRowBlocks = 2, kWarpRows = kRowBlocks * 16, kQueryTile = kWarps * kWarpRows;
+  static constexpr int kKeyTile = 64;
+  static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T
+  // Tiles in shared memory, and how many of them are on their way while one is worked on.
+  static constexpr int kStages = kHeadDim > 96 ? 3 : 4, kAhead = kStages / 2;
+  // After which k-step of Q K^T that tile's copies are issued.
+  static constexpr int kKeysAfter = 0, kValuesAfter = 2;
+  // Where the head's keys and values are: in registers, or, where there are none left, in shared memory.
+  static constexpr bool kHasPlace = kHeadDim > 96;
+  using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;
+  using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;  // of values too
+  using Range = BlockRange<kQueryTile, kKeyTile>;
+  using Barrier = SharedBarrier<Arch>;
+  static constexpr int kBarrierOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
+  static constexpr int kPlaceOffset = kBarrierOffset + 2 * kStages * Barrier::kBytes;
+  static constexpr int kSharedBytes = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
+  static_assert(kSharedBytes <= 163 * 1024);
+};
+
+template <class Arch, class T, int kHeadDim>
+__global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim>::kThreads, 1)
+    flash_forward_ring_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
+                              const float scale_log2) {
+  using Flash = FlashForwardRing<Arch, T, kHeadDim>;
+  using KeyTile = typename Flash::KeyTile;
+  using Product = Mma<Arch, T>;
+  constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
+  constexpr int kStages = Flash::kStages;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  // Work of this block.
+  int tile_number, batch_head;
+  if (!order.locate_quickly(tile_number, batch_head)) return;
+  const int q0 = (static_cast<int>(order.tiles) - 1 - tile_number) * Flash::kQueryTile;  // the longest first
+  const int heads = static_cast<int>(p.H);
+  int batch = batch_head / heads, head = batch_head % heads;
+  const int key_head = head / static_cast<int>(p.group);
+  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+  // Keys from here on are seen by no query of the block, those before the other one by all.
+  const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
+  const int full_end = p.is_causal ? min(range.S, q0 + 1) : range.S;
+
+  // Shared memory: query | stages of keys and values | their barriers. The output leaves through the query's place.
+  const uint32_t base = shared_address(shared);
+  const typename Flash::QueryTile query_tile{base};
+  const auto key_tile = [&](int stage) {
+    return KeyTile{base + Flash::QueryTile::kBytes + stage * 2 * KeyTile::kBytes};
+  };
+  const auto value_tile = [&](int stage) { return KeyTile{key_tile(stage).base + KeyTile::kBytes}; };
+  const auto full = [&](int stage) {
+    return typename Flash::Barrier{base + Flash::kBarrierOffset + stage * 2 * Flash::Barrier::kBytes};
+  };
+  const auto free = [&](int stage) { return typename Flash::Barrier{full(stage).address + Flash::Barrier::kBytes}; };
+  if (threadIdx.x < kStages) {
+    full(threadIdx.x).init(Flash::kThreads);
+    free(threadIdx.x).init(Flash::kWarps * kWarpArrivals);
+  }
+  using Stream = TileStream<typename Flash::QueryTile, Flash::kThreads, InOrder, kHeadDim>;
+  const uint64_t own_key_row = Stream::first_row(p.key, batch, key_head, p.E);
+  const uint64_t own_value_row = Stream::first_row(p.value, batch, key_head, p.Ev);
+  const HeadPlace place{base + Flash::kPlaceOffset};
+  if (Flash::kHasPlace && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
+  const auto key_row = [&] { return Flash::kHasPlace ? place.key_row() : own_key_row; };
+  const auto value_row = [&] { return Flash::kHasPlace ? place.value_row() : own_value_row; };
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
+  const int warp_row = q0 + warp * Flash::kWarpRows;
+  const auto stream_keys = [&](int k0, int stage) {
+    fill_share<Flash::kWarps>(key_tile(stage), key_row(), static_cast<int>(p.key.stride[2] * 2), k0, range.S,
+                              static_cast<int>(p.E), k0 < key_end);
+  };
+  const auto stream_values = [&](int k0, int stage) {
+    fill_share<Flash::kWarps>(value_tile(stage), value_row(), static_cast<int>(p.value.stride[2] * 2), k0, range.S,
+                              static_cast<int>(p.Ev), k0 < key_end);
+    full(stage).arrive_with_copies();
+  };
+  fill_warp_rows<kHeadDim>(query_tile, warp * Flash::kWarpRows, Flash::kWarpRows,
+                           Stream::first_row(p.query, batch, head, p.E), static_cast<int>(p.query.stride[2] * 2),
+                           warp_row, range.L, static_cast<int>(p.E));
+  cp_async_end_group();
+#pragma unroll
+  for (int stage = 0; stage < Flash::kAhead; ++stage) {
+    stream_keys(stage * kKeyTile, stage);
+    stream_values(stage * kKeyTile, stage);
+  }
+  cp_async_end_group();
+  cp_async_wait_groups<1>();
+  __syncwarp();
+
+  const auto lane_offset = KeyTile::lane_offset();
+  OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
+  float output[kRowBlocks][kHeadDim / 8][4] = {};
+  int stage = 0, parity = 0, next_stage = Flash::kAhead, next_parity = 1;
+#pragma unroll 1
+  for (int k0 = 0; k0 < key_end; k0 += kKeyTile) {
+    free(next_stage).wait(next_parity);
+    full(stage).wait(parity);
+    const KeyTile keys = key_tile(stage), values = value_tile(stage);
+
+    // S = Q K^T
+    float scores[kRowBlocks][kKeyTile / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t q[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+#pragma unroll
+      for (int n = 0; n < kKeyTile / 16; ++n) {
+        uint32_t b[4];
+        keys.load_b_transposed(b, lane_offset, n, k);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
+          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
+        }
+      }
+      // A later tile's copies are issued while the tensor cores are busy.
+      if (k == Flash::kKeysAfter) {
+        stream_keys(k0 + Flash::kAhead * kKeyTile, next_stage);
+      }
+      if (k == Flash::kValuesAfter) stream_values(k0 + Flash::kAhead * kKeyTile, next_stage);
+    }
+
+    // What must not be attended to is replaced, so that no NaN in it survives.
+    if (k0 + kKeyTile > full_end) {
+      const TileLimit limit = range.limit(q0, k0);
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < kKeyTile / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
+            if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    softmax.see(scores, output, k0 == 0);
+
+    // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
+#pragma unroll
+    for (int k = 0; k < kKeyTile / 16; ++k) {
+      uint32_t probability[kRowBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+        softmax.exponentiate(scores[m][2 * k], m);
+        softmax.exponentiate(scores[m][2 * k + 1], m);
+        to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t b[4];
+        values.load_b(b, lane_offset, k, n);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          Product::add(output[m][2 * n], probability[m], b[0], b[1]);
+          Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+        }
+      }
+    }
+    free(stage).arrive_warp();
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++next_stage == kStages) next_stage = 0, next_parity ^= 1;
+  }
+
+  // O and LSE.
+  if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
+  float factors[kRowBlocks][2], logsumexp, rest;
+  softmax.finish_all(factors, logsumexp, rest);
+  const int row = warp_row + lane / 2 % 2 * 16 + lane % 2 * 8 + lane / 4;
+  const int64_t i = int64_t{batch * heads + head} * p.L + row;
+  if (row < p.L && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
+  if (row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
+  const uint64_t target = Stream::first_row(p.output, batch, head, p.Ev);
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
+    }
+    store_rows<T, 0, kHeadDim / 8>(query_tile, warp_block + m, output[m], target,
+                                   static_cast<int>(p.output.stride[2] * 2), warp_row + m * 16, static_cast<int>(p.L),
+                                   static_cast<int>(p.Ev));
+  }
+}
+
+// For what streams_forward takes. `done` tells whether it has room here and enough to do.
+template <class Arch, class T, int kHeadDim>
+cudaError_t flash_forward_ring(const ForwardParams& p, cudaStream_t stream, bool& done) {
+  using Flash = FlashForwardRing<Arch, T, kHeadDim>;
+  constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim>;
+  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
+  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  done = p.shared_bytes >= Flash::kSharedBytes && order.blocks() >= multiprocessors &&
+         std::max({p.L, p.S, p.B * p.H}) <= kMaxPosition;
+  if (!done) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order,
+                                                                                                  p.scale * kLog2E);
+  return cudaGetLastError();
+}
+
+}  // namespace sdpa
