@@ -200,22 +200,29 @@ def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
     check_call(FLASH, dtype, call)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "causal", "padding", "holes"])
 @pytest.mark.parametrize("head_dim", [88, 96, 120, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_blocks_of_many_queries(use_path, monkeypatch, dtype, head_dim, is_causal):
+def test_blocks_of_many_queries(use_path, monkeypatch, dtype, head_dim, kind):
     """Forward with many keys and many queries, without sm90's tensor copies."""
     use_path(FLASH, 80, dtype)
     monkeypatch.setenv("SDPA_FORCE_ARCH", "80")
     dtype = getattr(torch, dtype)
-    blocks = torch.cuda.get_device_properties("cuda").multi_processor_count
+    H, L, S = 1 + torch.cuda.get_device_properties("cuda").multi_processor_count // 8, 385, 1101
     query, key, value = (
-        make(1, heads, length, head_dim, dtype=dtype, device="cuda", grad=False)
-        for heads, length in ((4 * -(-blocks // 8), 385), (-(-blocks // 8), 1100), (-(-blocks // 8), 1100))
+        make(2, heads, length, head_dim, dtype=dtype, device="cuda", grad=False)
+        for heads, length in ((2 * H, L), (H, S), (H, S))
     )
     query[:, 1] *= 30
     key[:, :, 900:] *= 20
-    check(FLASH, query, key, value, is_causal=is_causal, enable_gqa=True)
+    mask = None
+    if kind == "padding":
+        mask = torch.arange(S, device="cuda") < torch.tensor([700, 0], device="cuda")[:, None, None, None]
+    elif kind == "holes":
+        mask = torch.rand(2, 1, 1, S + 3, device="cuda")[..., 3:] > 0.2
+        mask[:, :, :, 64:400] = False
+        mask[1, :, :, 500:700] = True
+    check(FLASH, query, key, value, mask, is_causal=kind == "causal", enable_gqa=True)
 
 
 SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so many heads that all do not run at once

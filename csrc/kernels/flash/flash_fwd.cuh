@@ -471,7 +471,7 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
         bool done;
         auto error = flash_forward_tensor<Arch, T, kHeadDim>(p, stream, done);
         if (!done && error == cudaSuccess && p.S > kMostStreamedKeys) {
-          error = flash_forward_ring<Arch, T, kHeadDim>(p, stream, done);
+          error = flash_forward_ring<Arch, T, kHeadDim, false>(p, stream, done);
         }
         if (done || error != cudaSuccess) return error;
       }
@@ -484,6 +484,13 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
   }
   if constexpr (Arch::kAsyncCopy) {
     if (p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0 && p.dropout_p == 0.f) {
+      if constexpr (kHeadDim == 96 || kHeadDim == 128) {
+        if (p.S > kMostStreamedKeys && has_whole_chunks(p)) {
+          bool done;
+          const auto error = flash_forward_ring<Arch, T, kHeadDim, true>(p, stream, done);
+          if (done || error != cudaSuccess) return error;
+        }
+      }
       return launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kKeyPadding>(p, stream);
     }
   }

@@ -1,6 +1,7 @@
-// Flash attention forward without mask and dropout, for operands whose rows are whole aligned chunks and for many keys:
-// flash_fwd.cuh's loop by twice the warps. Of a tile's copies, which take 10 to 20 % of the time, each warp has half as
-// many, and no warp waits for the others: barriers in shared memory tell what has landed and what may be overwritten.
+// Flash attention forward without dropout and mask, or with one of keys, for operands whose rows are whole aligned
+// chunks and for many keys: flash_fwd.cuh's loop by twice the warps. Of a tile's copies, which take 10 to 20 % of the
+// time, each warp has half as many, and no warp waits for the others: barriers in shared memory tell what has landed
+// and what may be overwritten.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,12 +15,15 @@
 #include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "bool_mask.cuh"
+#include "forward_parts.cuh"
 #include "tile.cuh"
 #include "tile_stream.cuh"
 
 namespace sdpa {
 
-template <class Arch, class T, int kHeadDim>
+// kPadding: with a bool mask that is the same for every query.
+template <class Arch, class T, int kHeadDim, bool kPadding>
 struct FlashForwardRing {
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kRowBlocks = 2, kWarpRows = kRowBlocks * 16, kQueryTile = kWarps * kWarpRows;
@@ -37,15 +41,18 @@ struct FlashForwardRing {
   using Barrier = SharedBarrier<Arch>;
   static constexpr int kBarrierOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kBarrierOffset + 2 * kStages * Barrier::kBytes;
-  static constexpr int kSharedBytes = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
+  static constexpr int kMapOffset = kPlaceOffset + (kHasPlace || kPadding ? HeadPlace::kBytes : 0);
+  using MaskTile = PaddingTile<kKeyTile>;
+  static constexpr int kMaskOffset = kMapOffset + (kPadding ? TileMap::kBytes : 0);
+  static constexpr int kSharedBytes = kMaskOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= 163 * 1024);
 };
 
-template <class Arch, class T, int kHeadDim>
-__global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim>::kThreads, 1)
+template <class Arch, class T, int kHeadDim, bool kPadding>
+__global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>::kThreads, 1)
     flash_forward_ring_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                               const float scale_log2) {
-  using Flash = FlashForwardRing<Arch, T, kHeadDim>;
+  using Flash = FlashForwardRing<Arch, T, kHeadDim, kPadding>;
   using KeyTile = typename Flash::KeyTile;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
@@ -83,31 +90,60 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim>::kThreads,
   const uint64_t own_key_row = Stream::first_row(p.key, batch, key_head, p.E);
   const uint64_t own_value_row = Stream::first_row(p.value, batch, key_head, p.Ev);
   const HeadPlace place{base + Flash::kPlaceOffset};
-  if (Flash::kHasPlace && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
+  if ((Flash::kHasPlace || kPadding) && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
   const auto key_row = [&] { return Flash::kHasPlace ? place.key_row() : own_key_row; };
   const auto value_row = [&] { return Flash::kHasPlace ? place.value_row() : own_value_row; };
-  __syncthreads();
+  // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
+  const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
+  const auto mask_tile = [&](int stage) {
+    return typename Flash::MaskTile{base + Flash::kMaskOffset + stage * Flash::MaskTile::kBytes};
+  };
+  // With the lowest bit set if all its keys have one.
+  const auto next_key = [&](int k0) {
+    if constexpr (kPadding) {
+      while (k0 < key_end && !map.any(k0 / kKeyTile)) k0 += kKeyTile;
+      return k0 + (k0 < key_end && map.all(k0 / kKeyTile));
+    } else {
+      return k0;
+    }
+  };
+  const auto first_key = [](int next) { return kPadding ? next & -kKeyTile : next; };
+  if constexpr (kPadding) {
+    map.template fill<Flash::kThreads, kKeyTile>(p, batch, head);
+  } else {
+    __syncthreads();
+  }
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const int warp_row = q0 + warp * Flash::kWarpRows;
   const auto stream_keys = [&](int k0, int stage) {
     fill_share<Flash::kWarps>(key_tile(stage), key_row(), static_cast<int>(p.key.stride[2] * 2), k0, range.S,
                               static_cast<int>(p.E), k0 < key_end);
   };
-  const auto stream_values = [&](int k0, int stage) {
+  const auto stream_values = [&](int k0, int stage, bool needs_mask) {
     fill_share<Flash::kWarps>(value_tile(stage), value_row(), static_cast<int>(p.value.stride[2] * 2), k0, range.S,
                               static_cast<int>(p.Ev), k0 < key_end);
+    if constexpr (kPadding) {
+      if (k0 < key_end && needs_mask) {
+        mask_tile(stage).fill(p, place.batch(), place.head(), k0);
+        fence_block();
+      }
+    }
     full(stage).arrive_with_copies();
   };
   fill_warp_rows<kHeadDim>(query_tile, warp * Flash::kWarpRows, Flash::kWarpRows,
                            Stream::first_row(p.query, batch, head, p.E), static_cast<int>(p.query.stride[2] * 2),
                            warp_row, range.L, static_cast<int>(p.E));
   cp_async_end_group();
+  // The tiles that are on their way, and the next one to be copied.
+  int on_way[Flash::kAhead], ahead = next_key(0);
 #pragma unroll
   for (int stage = 0; stage < Flash::kAhead; ++stage) {
-    stream_keys(stage * kKeyTile, stage);
-    stream_values(stage * kKeyTile, stage);
+    stream_keys(first_key(ahead), stage);
+    stream_values(first_key(ahead), stage, first_key(ahead) == ahead);
+    on_way[stage] = ahead;
+    ahead = next_key(first_key(ahead) + kKeyTile);
   }
   cp_async_end_group();
   cp_async_wait_groups<1>();
@@ -118,106 +154,60 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim>::kThreads,
   float output[kRowBlocks][kHeadDim / 8][4] = {};
   int stage = 0, parity = 0, next_stage = Flash::kAhead, next_parity = 1;
 #pragma unroll 1
-  for (int k0 = 0; k0 < key_end; k0 += kKeyTile) {
+  while (first_key(on_way[0]) < key_end) {
+    const int k0 = first_key(on_way[0]), copied = kPadding ? first_key(ahead) : k0 + Flash::kAhead * kKeyTile;
+    const bool needs_mask = kPadding && k0 == on_way[0];
+    [[maybe_unused]] int after = 0;
     free(next_stage).wait(next_parity);
     full(stage).wait(parity);
     const KeyTile keys = key_tile(stage), values = value_tile(stage);
 
-    // S = Q K^T
     float scores[kRowBlocks][kKeyTile / 8][4] = {};
+    multiply_scores<Product, kSteps>(
+        scores, keys, lane_offset,
+        [&](uint32_t (&q)[kRowBlocks][4], int k) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t q[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
-#pragma unroll
-      for (int n = 0; n < kKeyTile / 16; ++n) {
-        uint32_t b[4];
-        keys.load_b_transposed(b, lane_offset, n, k);
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
-          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
-        }
-      }
-      // A later tile's copies are issued while the tensor cores are busy.
-      if (k == Flash::kKeysAfter) {
-        stream_keys(k0 + Flash::kAhead * kKeyTile, next_stage);
-      }
-      if (k == Flash::kValuesAfter) stream_values(k0 + Flash::kAhead * kKeyTile, next_stage);
+          for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+        },
+        [&](int k) {
+          if (k == Flash::kKeysAfter) stream_keys(copied, next_stage);
+          if (k == Flash::kValuesAfter) stream_values(copied, next_stage, kPadding && copied == ahead);
+          if (kPadding && k == Flash::kValuesAfter) after = next_key(copied + kKeyTile);
+        });
+    if constexpr (kPadding) {
+      if (needs_mask) mask_tile(stage).apply(scores);
     }
-
-    // What must not be attended to is replaced, so that no NaN in it survives.
-    if (k0 + kKeyTile > full_end) {
-      const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-        for (int n = 0; n < kKeyTile / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
-            if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
-          }
-        }
-      }
-    }
-
+    if (k0 + kKeyTile > full_end) hide_unseen(scores, range.limit(q0, k0), warp_block);
     softmax.see(scores, output, k0 == 0);
 
-    // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
-#pragma unroll
-    for (int k = 0; k < kKeyTile / 16; ++k) {
-      uint32_t probability[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        softmax.exponentiate(scores[m][2 * k], m);
-        softmax.exponentiate(scores[m][2 * k + 1], m);
-        to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t b[4];
-        values.load_b(b, lane_offset, k, n);
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-          Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
-        }
-      }
-    }
+    add_values<T, Product>(output, softmax, scores, values, lane_offset);
     free(stage).arrive_warp();
+    if constexpr (kPadding) {
+#pragma unroll
+      for (int i = 0; i + 1 < Flash::kAhead; ++i) on_way[i] = on_way[i + 1];
+      on_way[Flash::kAhead - 1] = ahead;
+      ahead = after;
+    } else {
+      on_way[0] += kKeyTile;
+    }
     if (++stage == kStages) stage = 0, parity ^= 1;
     if (++next_stage == kStages) next_stage = 0, next_parity ^= 1;
   }
 
   // O and LSE.
-  if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
-  float factors[kRowBlocks][2], logsumexp, rest;
-  softmax.finish_all(factors, logsumexp, rest);
-  const int row = warp_row + lane / 2 % 2 * 16 + lane % 2 * 8 + lane / 4;
-  const int64_t i = int64_t{batch * heads + head} * p.L + row;
-  if (row < p.L && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
-  if (row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
-  const uint64_t target = Stream::first_row(p.output, batch, head, p.Ev);
-#pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
-    }
-    store_rows<T, 0, kHeadDim / 8>(query_tile, warp_block + m, output[m], target,
-                                   static_cast<int>(p.output.stride[2] * 2), warp_row + m * 16, static_cast<int>(p.L),
-                                   static_cast<int>(p.Ev));
-  }
+  if constexpr (Flash::kHasPlace || kPadding) batch = place.batch(), head = place.head();
+  float factors[kRowBlocks][2];
+  write_statistics(factors, softmax, p, batch * heads + head, warp_row);
+  write_output<T>(
+      output, factors, query_tile, [&](int m) { return warp_block + m; }, p,
+      Stream::first_row(p.output, batch, head, p.Ev), warp_row);
 }
 
-// For what streams_forward takes. `done` tells whether it has room here and enough to do.
-template <class Arch, class T, int kHeadDim>
+// For what has_whole_chunks takes, without dropout. `done` tells whether it has room here and enough to do.
+template <class Arch, class T, int kHeadDim, bool kPadding>
 cudaError_t flash_forward_ring(const ForwardParams& p, cudaStream_t stream, bool& done) {
-  using Flash = FlashForwardRing<Arch, T, kHeadDim>;
-  constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim>;
+  using Flash = FlashForwardRing<Arch, T, kHeadDim, kPadding>;
+  constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim, kPadding>;
   const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
   const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   int multiprocessors = 0;

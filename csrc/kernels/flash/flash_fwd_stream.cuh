@@ -16,6 +16,7 @@
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "flash_fwd_wide_stream.cuh"
+#include "forward_parts.cuh"
 #include "tile.cuh"
 #include "tile_stream.cuh"
 
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
     Flash::Stream::fill(value_tile(stage), place(slot).value_row(), static_cast<int>(p.value.stride[2] * 2),
                         tile * kKeyTile, static_cast<int>(p.S), static_cast<int>(p.Ev), run);
   };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   // A warp fetches its own rows, so that it need not wait for others to be done with theirs.
   const auto stream_query = [&](int slot) {
@@ -133,98 +134,42 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
         }
       }
 
-      // S = Q K^T
       float scores[kRowBlocks][kKeyTile / 8][4] = {};
-      const auto keys = key_tile(stage);
+      multiply_scores<Product, kSteps>(
+          scores, key_tile(stage), lane_offset,
+          [&](uint32_t (&q)[kRowBlocks][4], int k) {
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        uint32_t (&q)[kRowBlocks][4] = query_registers[Flash::kQueryInRegisters ? k : 0];
-        if constexpr (!Flash::kQueryInRegisters) {
+            for (int m = 0; m < kRowBlocks; ++m) {
+              if constexpr (Flash::kQueryInRegisters) {
 #pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, warp_block + m, k);
-        }
-#pragma unroll
-        for (int n = 0; n < kKeyTile / 16; ++n) {
-          uint32_t b[4];
-          keys.load_b_transposed(b, lane_offset, n, k);
-#pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
-            Product::add(scores[m][2 * n], q[m], b[0], b[1]);
-            Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
-          }
-        }
-        // The next tile's copies are issued while the tensor cores are busy.
-        if (k == Flash::kKeysAfter) stream_keys(next_slot, next, stage ^ 1, has_next);
-        if (k == Flash::kValuesAfter) stream_values(next_slot, next, stage ^ 1, has_next);
-      }
+                for (int i = 0; i < 4; ++i) q[m][i] = query_registers[k][m][i];
+              } else {
+                query_tile.load_a(q[m], lane_offset, warp_block + m, k);
+              }
+            }
+          },
+          [&](int k) {
+            if (k == Flash::kKeysAfter) stream_keys(next_slot, next, stage ^ 1, has_next);
+            if (k == Flash::kValuesAfter) stream_values(next_slot, next, stage ^ 1, has_next);
+          });
       if (is_last) {
         keys_done.arrive_warp();
         if (has_next) stream_query(slot ^ 1);
       }
 
-      // What must not be attended to is replaced, so that no NaN in it survives.
-      if (range.is_partial(q0, k0)) {
-        const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-          for (int n = 0; n < kKeyTile / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
-              if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
-            }
-          }
-        }
-      }
-
+      if (range.is_partial(q0, k0)) hide_unseen(scores, range.limit(q0, k0), warp_block);
       softmax.see(scores, output, k0 == 0);
 
-      // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
-      const auto values = value_tile(stage);
-#pragma unroll
-      for (int k = 0; k < kKeyTile / 16; ++k) {
-        uint32_t probability[kRowBlocks][4];
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          softmax.exponentiate(scores[m][2 * k], m);
-          softmax.exponentiate(scores[m][2 * k + 1], m);
-          to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
-        }
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          values.load_b(b, lane_offset, k, n);
-#pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
-            Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-            Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
-          }
-        }
-      }
+      add_values<T, Product>(output, softmax, scores, value_tile(stage), lane_offset);
     }
 
     // O and LSE. The output leaves through the place of the last keys, once every warp is done with them.
     const int warp_row = q0 + warp * Flash::kWarpRows;
-    float factors[kRowBlocks][2], logsumexp, rest;
-    softmax.finish_all(factors, logsumexp, rest);
-    const int row = warp_row + lane / 2 % 2 * 16 + lane % 2 * 8 + lane / 4;
-    const int64_t i = int64_t{place(slot).batch_head()} * p.L + row;
-    if (row < p.L && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
-    if (row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
+    float factors[kRowBlocks][2];
+    write_statistics(factors, softmax, p, place(slot).batch_head(), warp_row);
     keys_done.wait(turn);
-    const uint64_t target = place(slot).output_row();
-    const auto staged = typename Flash::KeyTile{key_tile(parity ^ 1)};
-#pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
-      }
-      store_rows<T, 0, kHeadDim / 8>(staged, warp, output[m], target, static_cast<int>(p.output.stride[2] * 2),
-                                     warp_row + m * 16, static_cast<int>(p.L), static_cast<int>(p.Ev));
-    }
+    write_output<T>(
+        output, factors, key_tile(parity ^ 1), [&](int) { return warp; }, p, place(slot).output_row(), warp_row);
   }
 }
 
@@ -252,16 +197,19 @@ cudaError_t launch_forward_stream(const ForwardParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Whether flash_forward_stream takes the call and is the faster one, which it is up to so many keys.
-inline bool streams_forward(const ForwardParams& p, int64_t most_keys = kMostStreamedKeys) {
+// Whether the rows of all operands are whole aligned chunks, with a stride of 32 bits.
+inline bool has_whole_chunks(const ForwardParams& p) {
   const auto is_aligned = [](const Operand& x, int64_t cols) {
     const auto bits = reinterpret_cast<uint64_t>(x.data) |
                       static_cast<uint64_t>((x.stride[0] | x.stride[1] | x.stride[2] | cols) * 2);
     return bits % kChunkBytes == 0 && x.stride[3] == 1 && x.stride[2] * 2 == static_cast<int>(x.stride[2] * 2);
   };
-  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.scale > 0.f && p.S > 0 && p.S <= most_keys &&
-         p.L / 64 * p.B * p.H < BlockOrder::kMaxGridX && is_aligned(p.query, p.E) && is_aligned(p.key, p.E) &&
-         is_aligned(p.value, p.Ev) && is_aligned(p.output, p.Ev);
+  return p.scale > 0.f && p.S > 0 && p.L / 64 * p.B * p.H < BlockOrder::kMaxGridX && is_aligned(p.query, p.E) &&
+         is_aligned(p.key, p.E) && is_aligned(p.value, p.Ev) && is_aligned(p.output, p.Ev);
+}
+// Whether flash_forward_stream takes the call and is the faster one, which it is up to so many keys.
+inline bool streams_forward(const ForwardParams& p, int64_t most_keys = kMostStreamedKeys) {
+  return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.S <= most_keys && has_whole_chunks(p);
 }
 
 template <class Arch, class T, int kHeadDim>

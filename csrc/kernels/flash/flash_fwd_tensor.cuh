@@ -16,6 +16,7 @@
 #include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
+#include "forward_parts.cuh"
 #include "tile.cuh"
 #include "tile_stream.cuh"
 
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
                     static_cast<int>(p.query.stride[2] * 2), q0, range.L, static_cast<int>(p.E), true);
   wait_for_copies<Arch>();
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const auto query_offset = Flash::QueryTile::lane_offset();
   const auto lane_offset = KeyTile::lane_offset();
@@ -110,86 +111,27 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
     full(stage).wait(turn / 2 % 2);
     const KeyTile keys = key_tile(stage), values = value_tile(stage);
 
-    // S = Q K^T
     float scores[kRowBlocks][kKeyTile / 8][4] = {};
+    multiply_scores<Product, kSteps>(
+        scores, keys, lane_offset,
+        [&](uint32_t (&q)[kRowBlocks][4], int k) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t q[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) query_rows.load_a(q[m], query_offset, m, k);
-#pragma unroll
-      for (int n = 0; n < kKeyTile / 16; ++n) {
-        uint32_t b[4];
-        keys.load_b_transposed(b, lane_offset, n, k);
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(scores[m][2 * n], q[m], b[0], b[1]);
-          Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
-        }
-      }
-    }
-
-    // What must not be attended to is replaced, so that no NaN in it survives.
-    if (k0 + kKeyTile > full_end) {
-      const TileLimit limit = range.limit(q0, k0);
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-        for (int n = 0; n < kKeyTile / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = (warp_block + m) * 16 + lane / 4 + i / 2 * 8;
-            if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
-          }
-        }
-      }
-    }
-
+          for (int m = 0; m < kRowBlocks; ++m) query_rows.load_a(q[m], query_offset, m, k);
+        },
+        [](int) {});
+    if (k0 + kKeyTile > full_end) hide_unseen(scores, range.limit(q0, k0), warp_block);
     softmax.see(scores, output, k0 == 0);
 
-    // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
-#pragma unroll
-    for (int k = 0; k < kKeyTile / 16; ++k) {
-      uint32_t probability[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        softmax.exponentiate(scores[m][2 * k], m);
-        softmax.exponentiate(scores[m][2 * k + 1], m);
-        to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t b[4];
-        values.load_b(b, lane_offset, k, n);
-#pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-          Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
-        }
-      }
-    }
+    add_values<T, Product>(output, softmax, scores, values, lane_offset);
   }
 
   // O and LSE.
   const int warp_row = q0 + warp * Flash::kWarpRows;
-  float factors[kRowBlocks][2], logsumexp, rest;
-  softmax.finish_all(factors, logsumexp, rest);
-  const int row = warp_row + lane / 2 % 2 * 16 + lane % 2 * 8 + lane / 4;
-  const int64_t i = int64_t{batch_head} * p.L + row;
-  if (row < p.L && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
-  if (row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
-  const uint64_t target = QueryStream::first_row(p.output, batch, head, p.Ev);
-#pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
-    }
-    store_rows<T, 0, kHeadDim / 8>(query_tile, warp_block + m, output[m], target,
-                                   static_cast<int>(p.output.stride[2] * 2), warp_row + m * 16, static_cast<int>(p.L),
-                                   static_cast<int>(p.Ev));
-  }
+  float factors[kRowBlocks][2];
+  write_statistics(factors, softmax, p, batch_head, warp_row);
+  write_output<T>(
+      output, factors, query_tile, [&](int m) { return warp_block + m; }, p,
+      QueryStream::first_row(p.output, batch, head, p.Ev), warp_row);
 }
 
 // For what streams_forward takes. `done` tells whether this chip and this code do, too.
