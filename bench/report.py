@@ -58,6 +58,7 @@ def environment(device: torch.device, sdpa_version: str | None, host: bool) -> d
         return facts | {
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
+            "forced_path": os.environ.get("SDPA_FORCE_ARCH"),
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory,
