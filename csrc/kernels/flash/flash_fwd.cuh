@@ -21,6 +21,7 @@
 #include "flash_fwd_stream.cuh"
 #include "flash_fwd_tensor.cuh"
 #include "flash_fwd_wide.cuh"
+#include "forward_parts.cuh"
 #include "score_change.h"
 #include "score_dropout.cuh"
 #include "score_mask.cuh"
@@ -416,16 +417,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
           to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
           if constexpr (kChange == ScoreChange::kDropout) dropped.drop_paired(probability[m], dropout, m, k % 2);
         }
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 16; ++n) {
-          uint32_t b[4];
-          values.load_b(b, lane_offset, step * (kStep / 16) + k, n);
-#pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
-            Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-            Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
-          }
-        }
+        add_products<Product>(output, probability, values, lane_offset, step * (kStep / 16) + k);
       }
     }
     turn_to_next();

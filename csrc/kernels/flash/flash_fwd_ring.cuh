@@ -6,9 +6,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "../arch/arch.h"
 #include "../arch/barrier.h"
 #include "../attn/block_range.h"
@@ -33,15 +30,16 @@ struct FlashForwardRing {
   static constexpr int kStages = kHeadDim > 96 ? 3 : 4, kAhead = kStages / 2;
   // After which k-step of Q K^T that tile's copies are issued.
   static constexpr int kKeysAfter = 0, kValuesAfter = 2;
-  // Where the head's keys and values are: in registers, or, where there are none left, in shared memory.
-  static constexpr bool kHasPlace = kHeadDim > 96;
+  // Where the head's keys and values are: in registers, or, where there are none left, in shared memory, as is what a
+  // mask wants to know.
+  static constexpr bool kRowsInPlace = kHeadDim > 96, kHasPlace = kRowsInPlace || kPadding;
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;  // of values too
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
   static constexpr int kBarrierOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kBarrierOffset + 2 * kStages * Barrier::kBytes;
-  static constexpr int kMapOffset = kPlaceOffset + (kHasPlace || kPadding ? HeadPlace::kBytes : 0);
+  static constexpr int kMapOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
   using MaskTile = PaddingTile<kKeyTile>;
   static constexpr int kMaskOffset = kMapOffset + (kPadding ? TileMap::kBytes : 0);
   static constexpr int kSharedBytes = kMaskOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
@@ -59,17 +57,12 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   constexpr int kStages = Flash::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  // Work of this block.
-  int tile_number, batch_head;
-  if (!order.locate_quickly(tile_number, batch_head)) return;
-  const int q0 = (static_cast<int>(order.tiles) - 1 - tile_number) * Flash::kQueryTile;  // the longest first
+  ForwardWork work;
+  if (!work.find<Flash::kQueryTile>(p, order)) return;
+  const int q0 = work.q0, key_end = work.key_end, full_end = work.full_end, key_head = work.key_head;
   const int heads = static_cast<int>(p.H);
-  int batch = batch_head / heads, head = batch_head % heads;
-  const int key_head = head / static_cast<int>(p.group);
+  int batch = work.batch, head = work.head;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  // Keys from here on are seen by no query of the block, those before the other one by all.
-  const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
-  const int full_end = p.is_causal ? min(range.S, q0 + 1) : range.S;
 
   // Shared memory: query | stages of keys and values | their barriers. The output leaves through the query's place.
   const uint32_t base = shared_address(shared);
@@ -90,9 +83,9 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   const uint64_t own_key_row = Stream::first_row(p.key, batch, key_head, p.E);
   const uint64_t own_value_row = Stream::first_row(p.value, batch, key_head, p.Ev);
   const HeadPlace place{base + Flash::kPlaceOffset};
-  if ((Flash::kHasPlace || kPadding) && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
-  const auto key_row = [&] { return Flash::kHasPlace ? place.key_row() : own_key_row; };
-  const auto value_row = [&] { return Flash::kHasPlace ? place.value_row() : own_value_row; };
+  if (Flash::kHasPlace && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
+  const auto key_row = [&] { return Flash::kRowsInPlace ? place.key_row() : own_key_row; };
+  const auto value_row = [&] { return Flash::kRowsInPlace ? place.value_row() : own_value_row; };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
   const auto mask_tile = [&](int stage) {
@@ -195,7 +188,7 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   }
 
   // O and LSE.
-  if constexpr (Flash::kHasPlace || kPadding) batch = place.batch(), head = place.head();
+  if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
   float factors[kRowBlocks][2];
   write_statistics(factors, softmax, p, batch * heads + head, warp_row);
   write_output<T>(
@@ -208,17 +201,10 @@ template <class Arch, class T, int kHeadDim, bool kPadding>
 cudaError_t flash_forward_ring(const ForwardParams& p, cudaStream_t stream, bool& done) {
   using Flash = FlashForwardRing<Arch, T, kHeadDim, kPadding>;
   constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim, kPadding>;
-  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
   int multiprocessors = 0;
   if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
-  done = p.shared_bytes >= Flash::kSharedBytes && order.blocks() >= multiprocessors &&
-         std::max({p.L, p.S, p.B * p.H}) <= kMaxPosition;
-  if (!done) return cudaSuccess;
-  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order,
-                                                                                                  p.scale * kLog2E);
-  return cudaGetLastError();
+  done = p.shared_bytes >= Flash::kSharedBytes && forward_order<Flash, T>(p).blocks() >= multiprocessors;
+  return done ? launch_query_tiles<Flash, kKernel, T>(p, stream, p.scale * kLog2E) : cudaSuccess;
 }
 
 }  // namespace sdpa

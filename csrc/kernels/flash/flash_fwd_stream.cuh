@@ -176,8 +176,7 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
 // Flash is FlashForwardStream or FlashForwardWideStream, kKernel its kernel.
 template <class Flash, auto kKernel, class T>
 cudaError_t launch_forward_stream(const ForwardParams& p, cudaStream_t stream) {
-  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+  auto order = forward_order<Flash, T>(p);
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
   int64_t blocks = order.blocks();
   if (blocks == 0) return cudaSuccess;
@@ -188,9 +187,9 @@ cudaError_t launch_forward_stream(const ForwardParams& p, cudaStream_t stream) {
   if (p.S > Flash::kKeyTile && p.S <= kMostStreamedKeys && blocks > at_once) {
     if (!p.is_causal) {
       blocks = at_once;
-    } else if (Flash::kTurnsRound && query_tiles <= at_once) {  // a round: all query tiles of some heads
-      order.heads_at_once = std::min(order.heads, at_once / query_tiles);
-      blocks = query_tiles * order.heads_at_once;
+    } else if (Flash::kTurnsRound && order.tiles <= at_once) {  // a round: all query tiles of some heads
+      order.heads_at_once = std::min(order.heads, at_once / order.tiles);
+      blocks = order.tiles * order.heads_at_once;
     }
   }
   kKernel<<<static_cast<unsigned>(blocks), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, p.scale * kLog2E);

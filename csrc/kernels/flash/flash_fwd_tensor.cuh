@@ -5,8 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 #include "../arch/arch.h"
@@ -52,16 +50,10 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  // Work of this block.
-  int tile_number, batch_head;
-  if (!order.locate_quickly(tile_number, batch_head)) return;
-  const int q0 = (static_cast<int>(order.tiles) - 1 - tile_number) * Flash::kQueryTile;  // the longest first
-  const int heads = static_cast<int>(p.H), batch = batch_head / heads, head = batch_head % heads;
-  const int key_head = head / static_cast<int>(p.group);
+  ForwardWork work;
+  if (!work.find<Flash::kQueryTile>(p, order)) return;
+  const auto [q0, batch_head, batch, head, key_head, key_end, full_end] = work;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
-  // Keys from here on are seen by no query of the block, those before the other one by all.
-  const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
-  const int full_end = p.is_causal ? min(range.S, q0 + 1) : range.S;
 
   // Shared memory: query | two stages of keys | two of values | a barrier for each. The output leaves through the
   // query's place.
@@ -151,14 +143,7 @@ cudaError_t flash_forward_tensor(const ForwardParams& p, cudaStream_t stream, bo
     return cudaSuccess;
   }
   done = true;
-  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
-  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
-  if (order.blocks() == 0) return cudaSuccess;
-  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
-  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(
-      p, order, maps[0], maps[1], p.scale * kLog2E);
-  return cudaGetLastError();
+  return launch_query_tiles<Flash, kKernel, T>(p, stream, maps[0], maps[1], p.scale * kLog2E);
 }
 
 }  // namespace sdpa

@@ -391,16 +391,9 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, k
 // Flash is FlashForward or FlashForwardWide, kKernel its kernel.
 template <class Flash, auto kKernel, class T>
 cudaError_t launch_flash_forward(const ForwardParams& p, cudaStream_t stream) {
-  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
-  const auto order = BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
-  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
-  if (order.blocks() == 0) return cudaSuccess;
-  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   const float scale_log2 = p.scale == 0.f ? kLog2E : std::fabs(p.scale) * kLog2E;  // see fold_scale_sign
   const Dropout dropout = Dropout::make(p.dropout_p, 0);                           // the seed is on the device
-  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order, dropout,
-                                                                                                  scale_log2);
-  return cudaGetLastError();
+  return launch_query_tiles<Flash, kKernel, T>(p, stream, dropout, scale_log2);
 }
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kTeams = 2, bool kLarge = false>

@@ -1,18 +1,42 @@
-// What the forward kernels for calls without mask and dropout have in common: a warp's work on one tile of keys and
-// values, and what it writes.
+// What forward kernels have in common: a warp's work on one tile of keys and values, what it writes, and the launch.
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "../arch/mma.h"
 #include "../attn/block_range.h"
+#include "../attn/launch.h"
 #include "../attn/params.h"
 #include "../attn/softmax.h"
 #include "tile.cuh"
 #include "tile_stream.cuh"
 
 namespace sdpa {
+
+// The work of a block that has one query tile of a head, those with most keys first.
+struct ForwardWork {
+  int q0, batch_head, batch, head, key_head;
+  // Keys from key_end on are seen by no query of the block, those before full_end by all.
+  int key_end, full_end;
+
+  // False for a block without work.
+  template <int kQueryTile>
+  __device__ __forceinline__ bool find(const ForwardParams& p, const BlockOrder& order) {
+    int tile;
+    if (!order.locate_quickly(tile, batch_head)) return false;
+    q0 = (static_cast<int>(order.tiles) - 1 - tile) * kQueryTile;
+    const int heads = static_cast<int>(p.H), S = static_cast<int>(p.S);
+    batch = batch_head / heads, head = batch_head % heads;
+    key_head = head / static_cast<int>(p.group);
+    key_end = p.is_causal ? min(S, q0 + kQueryTile) : S;
+    full_end = p.is_causal ? min(S, q0 + 1) : S;
+    return true;
+  }
+};
 
 // S = Q K^T, where load_query(q, k) fetches k-step k of the warp's rows. after(k) is called after each k-step: to issue
 // copies while the tensor cores are busy.
@@ -56,6 +80,23 @@ __device__ __forceinline__ void hide_unseen(float (&scores)[kRowBlocks][kCols][4
   }
 }
 
+// O += P V of the values' 16 rows `block`.
+template <class Product, int kRowBlocks, int kOutCols, class ValueTile>
+__device__ __forceinline__ void add_products(float (&output)[kRowBlocks][kOutCols][4],
+                                             const uint32_t (&probability)[kRowBlocks][4], const ValueTile& values,
+                                             const LaneOffset& lane_offset, int block) {
+#pragma unroll
+  for (int n = 0; n < kOutCols / 2; ++n) {
+    uint32_t b[4];
+    values.load_b(b, lane_offset, block, n);
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+      Product::add(output[m][2 * n], probability[m], b[0], b[1]);
+      Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
+    }
+  }
+}
+
 // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
 template <class T, class Product, int kRowBlocks, int kCols, int kOutCols, class Softmax, class ValueTile>
 __device__ __forceinline__ void add_values(float (&output)[kRowBlocks][kOutCols][4], Softmax& softmax,
@@ -70,16 +111,7 @@ __device__ __forceinline__ void add_values(float (&output)[kRowBlocks][kOutCols]
       softmax.exponentiate(scores[m][2 * k + 1], m);
       to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
     }
-#pragma unroll
-    for (int n = 0; n < kOutCols / 2; ++n) {
-      uint32_t b[4];
-      values.load_b(b, lane_offset, k, n);
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        Product::add(output[m][2 * n], probability[m], b[0], b[1]);
-        Product::add(output[m][2 * n + 1], probability[m], b[2], b[3]);
-      }
-    }
+    add_products<Product>(output, probability, values, lane_offset, k);
   }
 }
 
@@ -112,6 +144,24 @@ __device__ __forceinline__ void write_output(float (&output)[2][kOutCols][4], co
     store_rows<T, 0, kOutCols>(tile, row_block(m), output[m], target, static_cast<int>(p.output.stride[2] * 2),
                                warp_row + m * 16, static_cast<int>(p.L), static_cast<int>(p.Ev));
   }
+}
+
+template <class Flash, class T>
+BlockOrder forward_order(const ForwardParams& p) {
+  const int64_t query_tiles = (p.L + Flash::kQueryTile - 1) / Flash::kQueryTile;
+  return BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
+}
+
+// kKernel(p, order, arguments...), a block for each query tile. Flash describes the kernel.
+template <class Flash, auto kKernel, class T, class... Arguments>
+cudaError_t launch_query_tiles(const ForwardParams& p, cudaStream_t stream, const Arguments&... arguments) {
+  const auto order = forward_order<Flash, T>(p);
+  if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
+  if (order.blocks() == 0) return cudaSuccess;
+  if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
+  kKernel<<<dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream>>>(p, order,
+                                                                                                  arguments...);
+  return cudaGetLastError();
 }
 
 }  // namespace sdpa

@@ -15,6 +15,7 @@
 #include "../attn/block_range.h"
 #include "../attn/mask.h"
 #include "pair_grad_query.h"
+#include "pair_place.h"
 #include "pair_softmax.h"
 #include "pair_tile.h"
 
@@ -216,28 +217,9 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
       reinterpret_cast<float*>(shared + Shape::kSharedBytes - Shape::kStatisticsBytes - 16)};
   // And which head it is: the products need all registers.
   const uint32_t place = base + Shape::kSharedBytes - 16;
-  if (threadIdx.x == 0) {
-    const unsigned index = static_cast<unsigned>(key_head_index), heads = static_cast<unsigned>(key_heads);
-    store_shared_16(place, {index / heads, index % heads, 0, 0});
-  }
+  const KeyPlace here{p, place};
+  if (threadIdx.x == 0) here.put(key_head_index, key_heads);
   __syncthreads();
-  struct Here {
-    int batch, key_head;
-  };
-  const auto here = [&] {
-    const float2 v = load_shared_8(place);
-    return Here{__float_as_int(v.x), __float_as_int(v.y)};
-  };
-
-  const auto keys = [&] { return Matrix<const float>::of(p.key, here().batch, here().key_head, p.S, p.E); };
-  const auto values = [&] { return Matrix<const float>::of(p.value, here().batch, here().key_head, p.S, p.Ev); };
-  const auto queries = [&](int head) { return Matrix<const float>::of(p.query, here().batch, head, p.L, p.E); };
-  const auto grads = [&](int head) { return Matrix<const float>::of(p.grad_output, here().batch, head, p.L, p.Ev); };
-  const auto statistics_of = [&](int head, int first_query) {
-    const int row = fresh_thread_index();
-    return row < kQueries ? pair_statistics(p, int64_t{here().batch} * p.H + head, first_query + row)
-                          : QueryStatistics{};
-  };
   const auto publish = [&](const QueryStatistics& s) {
     if (threadIdx.x < kQueries) statistics.store(threadIdx.x, s);
   };
@@ -245,10 +227,10 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
   Results<Warp> grad_key = {}, grad_value = {};
   int head = here().key_head * group, first_query = query_begin();
   const auto fetch_queries = [&](int head, int first_query) {
-    QueryTile::fetch(query_staging, queries(head), first_query, 0);
+    QueryTile::fetch(query_staging, here.queries(head), first_query, 0);
   };
   const auto fetch_grads = [&](int head, int first_query) {
-    QueryTile::fetch(grad_staging, grads(head), first_query, 0);
+    QueryTile::fetch(grad_staging, here.grads(head), first_query, 0);
   };
   key_tile.start();
   value_tile.start();
@@ -259,10 +241,10 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
     if (!is_wide) {
       fetch_queries(head, first_query);
       fetch_grads(head, first_query);
-      key_tile.take(keys(), first_key, 0, 0);
-      value_tile.take(values(), first_key, 0, 0);
+      key_tile.take(here.keys(), first_key, 0, 0);
+      value_tile.take(here.values(), first_key, 0, 0);
     }
-    publish(statistics_of(head, first_query));
+    publish(here.statistics<kQueries>(head, first_query));
   }
 
 #pragma unroll 1
@@ -287,8 +269,8 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
     } else {
       sum_chunks<Warp>(probability, static_cast<int>(p.E), [&](Scores<Warp>& part, int e) {
         __syncthreads();  // nobody reads the chunk before any more
-        key_tile.take(keys(), first_key, e, step);
-        query_tile.take(queries(head), first_query, e, step, scale.query_sign);
+        key_tile.take(here.keys(), first_key, e, step);
+        query_tile.take(here.queries(head), first_query, e, step, scale.query_sign);
         __syncthreads();
         multiply_scores<kSplit, true, Warp>(part, key_tile, warp(), step, query_tile, 0, step,
                                             static_cast<int>(p.E) - e);
@@ -312,16 +294,16 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
     } else {
       sum_chunks<Warp>(grad, static_cast<int>(p.Ev), [&](Scores<Warp>& part, int e) {
         __syncthreads();
-        value_tile.take(values(), first_key, e, step);
-        grad_tile.take(grads(head), first_query, e, step);
+        value_tile.take(here.values(), first_key, e, step);
+        grad_tile.take(here.grads(head), first_query, e, step);
         __syncthreads();
         multiply_scores<kSplit, false, Warp>(part, value_tile, warp(), step, grad_tile, 0, step,
                                              static_cast<int>(p.Ev) - e);
       });
       __syncthreads();  // then the columns that this block's gradients are made of
-      key_tile.take(keys(), first_key, first_col(), step);
-      query_tile.take(queries(head), first_query, first_col(), step, scale.query_sign);
-      grad_tile.take(grads(head), first_query, first_col(), step);
+      key_tile.take(here.keys(), first_key, first_col(), step);
+      query_tile.take(here.queries(head), first_query, first_col(), step, scale.query_sign);
+      grad_tile.take(here.grads(head), first_query, first_col(), step);
       __syncthreads();
     }
 
@@ -353,7 +335,7 @@ __global__ void __launch_bounds__(PairBackward<Arch, kHeadDim, kSplit>::kThreads
 
     __syncthreads();  // nobody reads dO or mask entries any more
     if (!is_wide && has_next) fetch_grads(next_head, next_query);
-    const QueryStatistics next = has_next ? statistics_of(next_head, next_query) : QueryStatistics{};
+    const QueryStatistics next = has_next ? here.statistics<kQueries>(next_head, next_query) : QueryStatistics{};
 
     // dK += dS^T Q
     const bool keys_have_factors = key_tile.has_factors(is_wide ? step : 0);

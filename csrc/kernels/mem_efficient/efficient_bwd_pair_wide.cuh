@@ -87,32 +87,16 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
   };
   const StatisticsTile<kQueries> statistics{
       reinterpret_cast<float*>(wide_shared + Shape::kSharedBytes - Shape::kStatisticsBytes)};
-  if (threadIdx.x == 0) {
-    const unsigned index = static_cast<unsigned>(key_head_index), heads = static_cast<unsigned>(key_heads);
-    store_shared_16(place, {index / heads, index % heads, 0, 0});
-  }
+  const KeyPlace here{p, place};
+  if (threadIdx.x == 0) here.put(key_head_index, key_heads);
   key_tile.start();
   value_tile.start();
   query_tile.start();
   grad_tile.start();
   __syncthreads();
-  struct Here {
-    int batch, key_head;
-  };
-  const auto here = [&] {
-    const float2 v = load_shared_8(place);
-    return Here{__float_as_int(v.x), __float_as_int(v.y)};
-  };
-  const auto keys = [&] { return Matrix<const float>::of(p.key, here().batch, here().key_head, p.S, p.E); };
-  const auto values = [&] { return Matrix<const float>::of(p.value, here().batch, here().key_head, p.S, p.Ev); };
   const auto fetch = [&](int head, int first_query) {
-    query_tile.fetch_in_place(Matrix<const float>::of(p.query, here().batch, head, p.L, p.E), first_query, 0);
-    grad_tile.fetch_in_place(Matrix<const float>::of(p.grad_output, here().batch, head, p.L, p.Ev), first_query, 0);
-  };
-  const auto statistics_of = [&](int head, int first_query) {
-    const int row = fresh_thread_index();
-    return row < kQueries ? pair_statistics(p, int64_t{here().batch} * p.H + head, first_query + row)
-                          : QueryStatistics{};
+    query_tile.fetch_in_place(here.queries(head), first_query, 0);
+    grad_tile.fetch_in_place(here.grads(head), first_query, 0);
   };
   const auto publish = [&](const QueryStatistics& s) {
     if (threadIdx.x < kQueries) statistics.store(threadIdx.x, s);
@@ -122,9 +106,9 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
   int head = here().key_head * group, first_query = query_begin();
   if (first_query < p.L) {
     fetch(head, first_query);
-    key_tile.take(keys(), first_key, 0, 0);
-    value_tile.take(values(), first_key, 0, 0);
-    publish(statistics_of(head, first_query));
+    key_tile.take(here.keys(), first_key, 0, 0);
+    value_tile.take(here.values(), first_key, 0, 0);
+    publish(here.statistics<kQueries>(head, first_query));
   }
 
 #pragma unroll 1
@@ -201,7 +185,7 @@ __global__ void __launch_bounds__(WidePairBackward<kSplit>::kThreads, 1)
       share_scores<kSplit, Warp, ScorePart>(own_grad[0], grad, most[1], unscale_key, shared_scores(1), half());
     }
     __syncthreads();  // P and dS are complete
-    const QueryStatistics next = has_next ? statistics_of(next_head, next_query) : QueryStatistics{};
+    const QueryStatistics next = has_next ? here.statistics<kQueries>(next_head, next_query) : QueryStatistics{};
 
     // dV += P^T dO, dK += dS^T Q
     const auto add = [&](Results<Warp>& result, const HalfPair<kSplit, 4>(&own)[1], const QueryTile& tile,

@@ -11,6 +11,7 @@
 #include "../arch/arch.h"
 #include "../attn/block_range.h"
 #include "../attn/mask.h"
+#include "pair_place.h"
 #include "pair_softmax.h"
 #include "pair_tile.h"
 
@@ -170,36 +171,22 @@ __global__ void __launch_bounds__(PairForward<Arch, kHeadDim, kSplit, kSize>::kT
     const int n = resident == 1 ? 0 : chunk;
     return QueryTile(query_base + n * QueryTile::kBytes, query_factors + n * QueryTile::kFactorBytes);
   };
-  if (threadIdx.x == 0) {
-    const unsigned heads = static_cast<unsigned>(p.H), index = static_cast<unsigned>(head_index);
-    const unsigned head = index % heads;
-    store_shared_16(place, {static_cast<unsigned>(order.tiles - 1 - tile_index) * Shape::kRows, index / heads, head,
-                            head / static_cast<unsigned>(p.group)});
-  }
+  const QueryPlace here{p, place};
+  if (threadIdx.x == 0) here.put(order, tile_index, head_index, Shape::kRows);
   __syncthreads();
-  struct Here {
-    int first_query, batch, head, key_head;
-  };
-  const auto here = [&] {
-    const uint4 v = load_shared_16(place);
-    return Here{static_cast<int>(v.x), static_cast<int>(v.y), static_cast<int>(v.z), static_cast<int>(v.w)};
-  };
   const auto warp_query = [&] { return here().first_query + warp() * Shape::kWarpRows; };
-  const auto queries = [&] { return Matrix<const float>::of(p.query, here().batch, here().head, p.L, p.E); };
-  const auto keys = [&] { return Matrix<const float>::of(p.key, here().batch, here().key_head, p.S, p.E); };
-  const auto values = [&] { return Matrix<const float>::of(p.value, here().batch, here().key_head, p.S, p.Ev); };
 
   const PairScale scale = PairScale::of(p);
   const BlockRange<Shape::kRows, kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const auto matters = [&](int first_key) { return range.matters(here().first_query, first_key); };
   const auto fetch_keys = [&](int first_key, int chunk) {
-    if (matters(first_key)) KeyTile::fetch(key_staging, keys(), first_key, chunk * kHeadDim);
+    if (matters(first_key)) KeyTile::fetch(key_staging, here.keys(), first_key, chunk * kHeadDim);
   };
   const auto fetch_values = [&](int first_key) {
-    if (matters(first_key)) KeyTile::fetch(value_staging, values(), first_key, first_col);
+    if (matters(first_key)) KeyTile::fetch(value_staging, here.values(), first_key, first_col);
   };
   const auto take_queries = [&](int chunk, int number) {
-    query_tile(chunk).take(queries(), here().first_query, chunk * kHeadDim, number, scale.query_sign);
+    query_tile(chunk).take(here.queries(), here().first_query, chunk * kHeadDim, number, scale.query_sign);
   };
   for (int chunk = 0; chunk < resident; ++chunk) query_tile(chunk).start();
   for (int n = 0; n < kTiles; ++n) tile(n).start();

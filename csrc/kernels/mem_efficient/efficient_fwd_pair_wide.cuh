@@ -66,40 +66,26 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
   const auto rows = [&] {
     return SharedRows<Warp>{1 + warp() / 2, half(), maxima + warp() / 2 * SharedRows<Warp>::kBytes};
   };
-  if (threadIdx.x == 0) {
-    const unsigned heads = static_cast<unsigned>(p.H), index = static_cast<unsigned>(head_index);
-    const unsigned head = index % heads;
-    store_shared_16(place, {static_cast<unsigned>(order.tiles - 1 - tile_index) * Shape::kRows, index / heads, head,
-                            head / static_cast<unsigned>(p.group)});
-  }
+  const QueryPlace here{p, place};
+  if (threadIdx.x == 0) here.put(order, tile_index, head_index, Shape::kRows);
   query_tile.start();
   key_tile.start();
   value_tile.start();
   __syncthreads();
-  struct Here {
-    int first_query, batch, head, key_head;
-  };
-  const auto here = [&] {
-    const uint4 v = load_shared_16(place);
-    return Here{static_cast<int>(v.x), static_cast<int>(v.y), static_cast<int>(v.z), static_cast<int>(v.w)};
-  };
   const auto warp_query = [&] { return here().first_query + warp() / 2 * Shape::kWarpRows; };
-  const auto queries = [&] { return Matrix<const float>::of(p.query, here().batch, here().head, p.L, p.E); };
-  const auto keys = [&] { return Matrix<const float>::of(p.key, here().batch, here().key_head, p.S, p.E); };
-  const auto values = [&] { return Matrix<const float>::of(p.value, here().batch, here().key_head, p.S, p.Ev); };
 
   const PairScale scale = PairScale::of(p);
   const BlockRange<Shape::kRows, Shape::kKeys> range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
   const auto matters = [&](int first_key) { return range.matters(here().first_query, first_key); };
   const auto fetch_keys = [&](int first_key) {
-    if (matters(first_key)) key_tile.fetch_in_place(keys(), first_key, 0);
+    if (matters(first_key)) key_tile.fetch_in_place(here.keys(), first_key, 0);
   };
   const auto take_keys = [&](int first_key) {
     cp_async_wait_all();
     if (matters(first_key)) key_tile.take_in_place(first_key);
   };
   fetch_keys(0);
-  query_tile.take(queries(), here().first_query, 0, 0, scale.query_sign);
+  query_tile.take(here.queries(), here().first_query, 0, 0, scale.query_sign);
 
   Results<Warp> result = {};
   PairSoftmax<Warp> softmax = PairSoftmax<Warp>::none();
@@ -131,7 +117,7 @@ __global__ void __launch_bounds__(WidePairForward<kSplit, kRowBlocks>::kThreads,
 #pragma unroll 1
   for (int first_key = 0; matters(first_key); first_key += Shape::kKeys) {
     __syncthreads();  // the keys are there, and nobody reads values any more
-    value_tile.fetch_in_place(values(), first_key, 0);
+    value_tile.fetch_in_place(here.values(), first_key, 0);
     // Whether one of its queries sees some key.
     const bool sees = kForRacecheck || !p.is_causal || first_key < warp_query() + Shape::kWarpRows;
     Scores<Warp> score;

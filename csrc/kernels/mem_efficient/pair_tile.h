@@ -304,6 +304,21 @@ __device__ __forceinline__ void load_rows(HalfPair<kSplit, 4>& b, const Tile& ti
 // backward must come to the same bits.
 constexpr int kColumnsTogether = 64;
 
+// Scores of two tiles' rows times what their rows were brought into range by. The numbers: of what is in the tiles.
+template <class Warp, class A, class B>
+__device__ __forceinline__ void apply_factors(Scores<Warp>& score, const A& a_tile, int a_block, int a_number,
+                                              const B& b_tile, int b_block, int b_number) {
+  if (!a_tile.has_factors(a_number) && !b_tile.has_factors(b_number)) return;
+#pragma unroll
+  for (int i = 0; i < Warp::kRowsOwned; ++i) {
+    const float row = a_tile.factor(16 * a_block + Warp::row(i));
+#pragma unroll
+    for (int j = 0; j < Warp::kColumnsOwned; ++j) {
+      score[i][j] = score[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
+    }
+  }
+}
+
 // score = rows of a, from 16 * a_block, times rows of b, from 16 * b_block, over the first `depth` columns, and times
 // 2^(2 kShift). kIsTransposed: of b times a. The numbers are those under which the tiles were filled.
 template <bool kSplit, bool kIsTransposed, class Warp, int kTogether = 16, class A, class B>
@@ -342,16 +357,7 @@ __device__ __forceinline__ void multiply_scores(Scores<Warp>& score, const A& a_
       }
     }
   }
-  if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
-#pragma unroll
-    for (int i = 0; i < Warp::kRowsOwned; ++i) {
-      const float row = a_tile.factor(16 * a_block + Warp::row(i));
-#pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-        score[i][j] = score[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
-      }
-    }
-  }
+  apply_factors<Warp>(score, a_tile, a_block, a_number, b_tile, b_block, b_number);
 }
 
 // Products that are sums over chunks of columns: part(x, e) gives those of the chunk at e.

@@ -124,16 +124,7 @@ __device__ __forceinline__ void multiply_wide_scores(Scores<Warp>& score, const 
 #pragma unroll
     for (int j = 0; j < Warp::kColumnsOwned; ++j) score[i][j] += part[i][j];
   }
-  if (a_tile.has_factors(a_number) || b_tile.has_factors(b_number)) {
-#pragma unroll
-    for (int i = 0; i < Warp::kRowsOwned; ++i) {
-      const float row = a_tile.factor(16 * a_block + Warp::row(i));
-#pragma unroll
-      for (int j = 0; j < Warp::kColumnsOwned; ++j) {
-        score[i][j] = score[i][j] * row * b_tile.factor(16 * b_block + Warp::column(j));
-      }
-    }
-  }
+  apply_factors<Warp>(score, a_tile, a_block, a_number, b_tile, b_block, b_number);
 }
 
 // One warp's part of results = scores times the 32 rows of a tile, of which rows 16 * half on are to be multiplied by
