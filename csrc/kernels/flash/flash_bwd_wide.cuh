@@ -81,7 +81,11 @@ struct WideBackward {
       kScoreOffset + 4 * kKeyTile * (kQueryTile + kChunkElements) + kQueryTile * 12 + 64 <= Tile::kMaxSharedBytes;
   using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch, false, kPadsScores>;  // P^T, dS^T
   static constexpr int kRowBytes = (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
-  static constexpr int kScoreEnd = kScoreOffset + 2 * ScoreTile::kBytes;
+  // dS^T takes the place of P^T where there is none for both.
+  static constexpr bool kOneScoreTile = kEdit == ScoreEdit::kNone && Arch::kAsyncCopy &&
+                                        kScoreOffset + 2 * ScoreTile::kBytes + kRowBytes > Tile::kMaxSharedBytes;
+  static constexpr int kScoreBytes = (kOneScoreTile ? 1 : 2) * ScoreTile::kBytes;
+  static constexpr int kScoreEnd = kScoreOffset + kScoreBytes;
   static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
   static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
@@ -126,7 +130,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
   const auto grad_tile = [&](int stage) { return query_tile(Tile::kStages + stage); };
   const typename Flash::ScoreTile probability_tile{base + Flash::kScoreOffset};
-  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset + Flash::ScoreTile::kBytes};
+  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset + Flash::kScoreBytes -
+                                             Flash::ScoreTile::kBytes};
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
   float* const shared_delta = shared_lse + kQueryTile;
   float* const shared_rest = shared_delta + kQueryTile;
@@ -193,7 +198,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue)
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue ||
+                  (Flash::kOneScoreTile && kIsBeforeSm90))
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   // By copy_box one thread fetches everything; `to_fill` counts what lands.
@@ -508,14 +514,21 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
             scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
           }
           to_operand<T>(b, left, right);
-          score_tile.put_a(b, warp_block + m, query_block);
+          if constexpr (!Flash::kOneScoreTile) score_tile.put_a(b, warp_block + m, query_block);
         }
         if (mask_from_registers) {
           MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, here.head, q0 + first_row,
                                             k0 + KeyOrder::key(warp_block * 16 + lane / 4));
         }
       }
-      complete.arrive_warp();
+      const auto put_scores = [&] {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+          for (int m = 0; m < kKeyBlocks; ++m) score_tile.put_a(own_scores[n][m], warp_block + m, first_block + n);
+        }
+      };
+      if constexpr (!Flash::kOneScoreTile) complete.arrive_warp();
       start_anew();
       const Place next = after(here);
       if (exists(next)) {
@@ -540,11 +553,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
           }
         }
       };
+      constexpr int kAll = kQueryTile / 16, kFirst = kKeepsShare ? kBlocks : 0;
+      // Where dO has one place, the next fills it as soon as all warps are through with this one.
+      constexpr bool kFetchesEarly =
+          Tile::kGradStages == 1 && kEdit == ScoreEdit::kNone && (kQueryTile < 128 || Flash::kOneScoreTile);
       const auto multiply_others = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4],
-                                       const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows) {
-        constexpr int kAll = kQueryTile / 16;
+                                       const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows,
+                                       int begin, int end) {
 #pragma unroll
-        for (int i = kKeepsShare ? kBlocks : 0; i < kAll; ++i) {
+        for (int i = begin; i < end; ++i) {
           const int k = kKeepsShare ? (first_block + i) % kAll : i;
           uint32_t a[kKeyBlocks][4];
 #pragma unroll
@@ -556,12 +573,31 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) multiply(grad_value, own_probabilities[n], grad, first_block + n);
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
+        for (int n = 0; n < kBlocks && !Flash::kOneScoreTile; ++n) {
+          multiply(grad_key, own_scores[n], query, first_block + n);
+        }
       }
       sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
-      multiply_others(grad_value, probability_tile, grad);
+      multiply_others(grad_value, probability_tile, grad, kFirst, kAll);
       if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
-      multiply_others(grad_key, score_tile, query);
+      if constexpr (Flash::kOneScoreTile) {
+        sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // P^T of these keys has been read
+        put_scores();
+        complete.arrive_warp();
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
+        sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);
+      }
+      if constexpr (kFetchesEarly) {
+        multiply_others(grad_key, score_tile, query, kFirst, kFirst + 1);
+        if (const Place next = after(here); exists(next)) {
+          grad_read.wait(parity);
+          fetch_grad(next, 0, full);
+        }
+        multiply_others(grad_key, score_tile, query, kFirst + 1, kAll);
+      } else {
+        multiply_others(grad_key, score_tile, query, kFirst, kAll);
+      }
       if constexpr (Tile::kStages == 1) query_read.arrive_warp();
 
       if constexpr (Flash::kSplitsValue) next_row = read_row(next);
@@ -572,7 +608,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if (const Place next = after(here); exists(next)) {
         publish_row(next_row);
         if (threadIdx.x < kQueryTile) full.arrive_warp();
-        if constexpr (Tile::kGradStages == 1) {
+        if constexpr (Tile::kGradStages == 1 && !kFetchesEarly) {
           grad_read.wait(parity);
           fetch_grad(next, 0, full);
         }

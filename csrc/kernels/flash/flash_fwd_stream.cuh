@@ -211,14 +211,14 @@ inline bool streams_forward(const ForwardParams& p, int64_t most_keys = kMostStr
   return p.mask_kind == MaskKind::kNone && p.dropout_p == 0.f && p.S <= most_keys && has_whole_chunks(p);
 }
 
-template <class Arch, class T, int kHeadDim>
+template <class Arch, class T, int kHeadDim, int kWideStages = 2>
 cudaError_t flash_forward_stream(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 128) {
     return launch_forward_stream<FlashForwardStream<Arch, T, kHeadDim>, flash_forward_stream_kernel<Arch, T, kHeadDim>,
                                  T>(p, stream);
   } else {
-    return launch_forward_stream<FlashForwardWideStream<Arch, T, kHeadDim>,
-                                 flash_forward_wide_stream_kernel<Arch, T, kHeadDim>, T>(p, stream);
+    return launch_forward_stream<FlashForwardWideStream<Arch, T, kHeadDim, kWideStages>,
+                                 flash_forward_wide_stream_kernel<Arch, T, kHeadDim, kWideStages>, T>(p, stream);
   }
 }
 

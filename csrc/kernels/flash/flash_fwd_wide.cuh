@@ -412,11 +412,15 @@ cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim > 160) {
     // Its blocks have twice the rows of those below, and have to occupy the chip as well.
     using Large = FlashForwardWideStream<Arch, T, kHeadDim>;
+    using OneStage = FlashForwardWideStream<Arch, T, kHeadDim, 1>;
     int multiprocessors = 0;
     if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
-    if (p.shared_bytes >= Large::kSharedBytes && streams_forward(p, kMaxPosition) &&
+    if (streams_forward(p, kMaxPosition) &&
         2 * ((p.L + Large::kQueryTile - 1) / Large::kQueryTile) * p.B * p.H > multiprocessors) {
-      return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+      if (p.shared_bytes >= Large::kSharedBytes) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+      if constexpr (kHeadDim > 192) {
+        if (p.shared_bytes >= OneStage::kSharedBytes) return flash_forward_stream<Arch, T, kHeadDim, 1>(p, stream);
+      }
     }
   }
   if constexpr (kHeadDim <= 160) {

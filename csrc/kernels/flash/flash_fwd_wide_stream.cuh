@@ -19,13 +19,16 @@
 
 namespace sdpa {
 
-template <class Arch, class T, int kHeadDim>
+// kStages: of keys and of values. With one, each is copied while the other is multiplied.
+template <class Arch, class T, int kHeadDim, int kStages_ = 2>
 struct FlashForwardWideStream {
+  static constexpr int kStages = kStages_;
   static constexpr int kSides = 2, kTeams = 4, kWarps = kTeams * kSides, kThreads = kWarps * 32;
   static constexpr int kRowBlocks = 2, kTeamRows = kRowBlocks * 16, kQueryTile = kTeams * kTeamRows, kKeyTile = 64;
-  static constexpr int kSteps = kHeadDim / 16;               // k-steps of Q K^T
-  static constexpr int kBlocks = kHeadDim / 16 / kSides;     // 16-column blocks of a warp's output: every second
-  static constexpr int kKeyBlocks = kKeyTile / 16 / kSides;  // 16-key blocks of a warp's scores
+  static constexpr int kSteps = kHeadDim / 16;                // k-steps of Q K^T
+  static constexpr int kBlocks = kHeadDim / 16 / kSides;      // 16-column blocks of a warp's output: every second
+  static constexpr int kKeyBlocks = kKeyTile / 16 / kSides;   // 16-key blocks of a warp's scores
+  static constexpr int kHeldSteps = kHeadDim == 192 ? 4 : 0;  // of the query, in registers
   static constexpr int kBlocksPerSm = 1;
   static constexpr bool kTurnsRound = true;  // rounds of blocks go to and fro
 
@@ -36,18 +39,18 @@ struct FlashForwardWideStream {
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
 
-  static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + 2 * KeyTile::kBytes;
-  static constexpr int kProbabilityOffset = kValueOffset + 2 * KeyTile::kBytes;
+  static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + kStages * KeyTile::kBytes;
+  static constexpr int kProbabilityOffset = kValueOffset + kStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kProbabilityOffset + ProbabilityTile::kBytes;
   static constexpr int kBarrierOffset = kPlaceOffset + 3 * WorkPlace::kBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (8 + kTeams) * Barrier::kBytes;
 };
 
-template <class Arch, class T, int kHeadDim>
-__global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kThreads, 1)
+template <class Arch, class T, int kHeadDim, int kStages = 2>
+__global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kStages>::kThreads, 1)
     flash_forward_wide_stream_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                                      const float scale_log2) {
-  using Flash = FlashForwardWideStream<Arch, T, kHeadDim>;
+  using Flash = FlashForwardWideStream<Arch, T, kHeadDim, kStages>;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kThreads = Flash::kThreads;
   constexpr int kKeyBlocks = Flash::kKeyBlocks, kBlocks = Flash::kBlocks, kSides = Flash::kSides;
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
   const auto key_tile = [&](int stage) {
     return typename Flash::KeyTile{base + Flash::kKeyOffset + stage * Flash::KeyTile::kBytes};
   };
-  const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
+  const auto value_tile = [&](int stage) { return key_tile(kStages + stage); };
   const typename Flash::ProbabilityTile probability_tile{base + Flash::kProbabilityOffset};
   const auto place = [&](int slot) { return WorkPlace{base + Flash::kPlaceOffset + slot * WorkPlace::kBytes}; };
   const auto barrier = [&](int number) {
@@ -88,16 +91,16 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
   };
   // Tile number `count` of those that the block sees: stages take turns, and their barriers' phases.
   const auto stream_keys = [&](int slot, int k0, int count, bool run) {
-    keys_free(count % 2).wait(count / 2 % 2 ^ 1);
-    Flash::Stream::fill(key_tile(count % 2), place(slot).key_row(), static_cast<int>(p.key.stride[2] * 2), k0,
+    keys_free(count % kStages).wait(count / kStages % 2 ^ 1);
+    Flash::Stream::fill(key_tile(count % kStages), place(slot).key_row(), static_cast<int>(p.key.stride[2] * 2), k0,
                         static_cast<int>(p.S), static_cast<int>(p.E), run);
-    keys_here(count % 2).arrive_with_copies();
+    keys_here(count % kStages).arrive_with_copies();
   };
   const auto stream_values = [&](int slot, int k0, int count, bool run) {
-    values_free(count % 2).wait(count / 2 % 2 ^ 1);
-    Flash::Stream::fill(value_tile(count % 2), place(slot).value_row(), static_cast<int>(p.value.stride[2] * 2), k0,
-                        static_cast<int>(p.S), static_cast<int>(p.Ev), run);
-    values_here(count % 2).arrive_with_copies();
+    values_free(count % kStages).wait(count / kStages % 2 ^ 1);
+    Flash::Stream::fill(value_tile(count % kStages), place(slot).value_row(), static_cast<int>(p.value.stride[2] * 2),
+                        k0, static_cast<int>(p.S), static_cast<int>(p.Ev), run);
+    values_here(count % kStages).arrive_with_copies();
   };
   const auto stream_query = [&](int slot) {
     const int row = team * kTeamRows + side * (kTeamRows / 2);
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
   __syncthreads();
   stream_query(0);
   stream_keys(0, 0, 0, true);
-  stream_values(0, 0, 0, true);
+  if constexpr (kStages == 2) stream_values(0, 0, 0, true);
 
   // Work in rounds of the grid, to and fro, since what comes first is the longest if causal.
   const auto work = [&](unsigned round) {
@@ -136,12 +139,21 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
     OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
     float output[kRowBlocks][2 * kBlocks][4] = {};
     query_here.wait(turn);
+    uint32_t held[Flash::kHeldSteps > 0 ? Flash::kHeldSteps : 1][kRowBlocks][4];
+#pragma unroll
+    for (int k = 0; k < Flash::kHeldSteps; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(held[k][m], lane_offset, team_block + m, k);
+    }
 
     for (int k0 = 0; k0 < key_end; k0 += kKeyTile, ++count) {
       const bool is_last = k0 + kKeyTile >= key_end, has_next = !(is_last && is_last_work);
-      const int stage = count % 2, phase = count / 2 % 2;
+      const int stage = count % kStages, phase = count / kStages % 2;
       const int next_slot = is_last ? after : slot, next = is_last ? 0 : k0 + kKeyTile;
-      if (p.is_causal && is_last_work && k0 >= team_row + kTeamRows) break;  // the block's last tile
+      if (p.is_causal && is_last_work && k0 >= team_row + kTeamRows) {  // the block's last tile
+        if constexpr (kStages == 1) stream_values(slot, k0, count, true);
+        break;
+      }
 
       // S = Q K^T
       float scores[kRowBlocks][2 * kKeyBlocks][4] = {};
@@ -151,7 +163,14 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
       for (int k = 0; k < Flash::kSteps; ++k) {
         uint32_t q[kRowBlocks][4];
 #pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) query_tile.load_a(q[m], lane_offset, team_block + m, k);
+        for (int m = 0; m < kRowBlocks; ++m) {
+          if (k >= Flash::kHeldSteps) {
+            query_tile.load_a(q[m], lane_offset, team_block + m, k);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[m][i] = held[k][m][i];
+          }
+        }
 #pragma unroll
         for (int n = 0; n < kKeyBlocks; ++n) {
           uint32_t b[4];
@@ -162,7 +181,13 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
             Product::add(scores[m][2 * n + 1], q[m], b[2], b[3]);
           }
         }
-        if (k == 2) stream_keys(next_slot, next, count + 1, has_next);  // while the tensor cores are busy
+        if (k == 2) {  // while the tensor cores are busy
+          if constexpr (kStages == 2) {
+            stream_keys(next_slot, next, count + 1, has_next);
+          } else {
+            stream_values(slot, k0, count, true);
+          }
+        }
       }
       keys_free(stage).arrive_warp();
 
@@ -231,11 +256,14 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim>::kTh
           }
         }
       };
+      if constexpr (kStages == 1) {
+        if (has_next) stream_keys(next_slot, next, count + 1, true);
+      }
       values_here(stage).wait(phase);
 #pragma unroll
       for (int k = 0; k < kKeyBlocks; ++k) {
         add_values(probability[k], side * kKeyBlocks + k);
-        if (k == 0) stream_values(next_slot, next, count + 1, has_next);
+        if (kStages == 2 && k == 0) stream_values(next_slot, next, count + 1, has_next);
       }
       sync_threads<64>(5 + team * 2 + side);
 #pragma unroll
