@@ -17,7 +17,7 @@ import torch
 import sdpa
 from sdpa import SDPBackend
 
-FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+FLASH, EFFICIENT, MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 MANY_HEADS = 80  # so that every multiprocessor has work: there are kernels for that case
 
@@ -70,6 +70,7 @@ def calls(few):
             yield from ((EFFICIENT, None, FLOAT, D, 150, 170, 3, kind, tf32) for kind in kinds)
             yield EFFICIENT, None, FLOAT, D, 300, 200, MANY_HEADS, "causal", tf32
         yield EFFICIENT, None, FLOAT, D, 150, 170, 3, "plain", False, True
+    yield from ((MATH, None, dtype, D, 150, 170, 3, "causal") for dtype, D in ((FLOAT, 80), (FLOAT, 256), (BRAIN, 64)))
     for D in (64, 128):  # without gradients such few queries have kernels of their own
         yield from ((FLASH, path, BRAIN, D, 3, 700, 5, "bool") for path in (None, 86))
         yield EFFICIENT, None, FLOAT, D, 3, 700, 5, "bool"

@@ -435,6 +435,26 @@ def test_float32_heads_wider_than_128(use_path, monkeypatch, dims, chip, heads, 
     check(EFFICIENT, *(t.requires_grad_() for t in tensors), mask, **kwargs)
 
 
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "dropout"])
+@pytest.mark.parametrize("dims", [(64, 64), (80, 36), (256, 128), (72, 30), (32, 64)], ids=str)
+@pytest.mark.parametrize("lengths", [(200, 333), (64, 70), (130, 1027)], ids=str)
+def test_math_in_float32(lengths, dims, kind):
+    """Where a chip has the tensor cores for it, its products are a kernel of our own, but for odd or small ones."""
+    call = {"dims": dims, "lengths": lengths, "group": 1, "layout": "transposed", "mask_shape": "B1LS"}
+    call |= {"mask": "bool" if kind == "bool" else None, "is_causal": kind == "causal", "scale": None}
+    check_call(SDPBackend.MATH, "float32", call | {"dropout_p": 0.3 * (kind == "dropout")})
+
+
+def test_math_in_float32_with_infinities():
+    query, key, value = (make(2, 4, n, 64, device="cuda", grad=False) for n in (200, 136, 136))
+    query[0, 1, 70, 3], key[1, 2, 9, 60], value[1, 0, 20, 30], value[0, 0, 1, 2] = INF, -INF, INF, 3e38
+    with sdpa.sdpa_kernel(SDPBackend.MATH):
+        output = sdpa.scaled_dot_product_attention(query, key, value)
+    expected = (query @ key.mT / 8).softmax(-1) @ value
+    assert expected.isnan().any() and expected.isinf().any()
+    assert torch.equal(output.isnan(), expected.isnan()) and torch.equal(output.isinf(), expected.isinf())
+
+
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
 @paths
 def test_masks_with_aligned_rows(use_path, which, path, dtype, kind):

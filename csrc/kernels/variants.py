@@ -21,7 +21,7 @@ HEADER = {
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
     ("efficient", "decode"): "mem_efficient/efficient_decode.cuh",
 }
-MATH_KERNELS = ("dropout_mask", "softmax_rows")
+MATH_KERNELS = ("dropout_mask", "float32_product", "softmax_rows")
 
 
 @dataclass(frozen=True)

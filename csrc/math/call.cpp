@@ -43,7 +43,7 @@ MaskKind mask_kind_of(const Tensor& mask) {
 
 // torch.backends.cuda.matmul.allow_tf32, or fp32_precision, which torch had no enumeration for before 2.10 and did not
 // have before 2.9.
-static bool tf32_is_allowed() {
+bool tf32_is_allowed() {
   const auto& context = at::globalContext();
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
   return context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;

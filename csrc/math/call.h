@@ -20,6 +20,9 @@ struct Call {
 DType dtype_of(at::ScalarType type);
 MaskKind mask_kind_of(const at::Tensor& mask);  // kNone if undefined
 
+// Whether torch lets float32 products on a GPU be made of TF32.
+bool tf32_is_allowed();
+
 Operand operand(const at::Tensor& t);  // of 4 dims, or undefined
 // Everything but what the call's results are written to.
 void fill(ForwardParams& params, const Call& call);

@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "attn/float32_product.h"
 #include "attn/softmax_rows.h"
 #endif
 
@@ -210,10 +211,32 @@ bool one_on_cpu(const Tensor& a) {
   return a.is_cpu() && a.size(0) == 1;
 }
 
+#if defined(SDPA_WITH_CUDA)
+// multiply in float32, where a kernel of our own does it; with beta 0 or 1.
+bool multiply_on_tensor_cores(const Tensor& out, const Tensor& a, const Tensor& b, double scale, double beta) {
+  if (!a.is_cuda() || a.scalar_type() != at::kFloat || out.stride(2) != 1 || tf32_is_allowed()) return false;
+  const auto matrix = [](const Tensor& t) -> Float32Product::Matrix {
+    return {t.const_data_ptr<float>(), t.stride(0), t.stride(1), t.stride(2)};
+  };
+  Float32Product product;
+  product.a = matrix(a), product.b = matrix(b);
+  product.out = out.data_ptr<float>();
+  product.out_batch_stride = out.stride(0), product.out_row_stride = out.stride(1);
+  product.batches = a.size(0), product.rows = a.size(1), product.cols = b.size(2), product.depth = a.size(2);
+  product.scale = static_cast<float>(scale), product.adds = beta != 0;
+  if (!takes_float32_product(product)) return false;
+  C10_CUDA_CHECK(float32_product(product, c10::cuda::getCurrentCUDAStream()));
+  return true;
+}
+#endif
+
 // out = scale * a @ b + beta * out, where out is in the accumulation dtype. float16 and bfloat16 stay what they are on
 // the GPU, where tensor cores accumulate in float32; on the CPU they come here converted. (The product that returns its
 // result would first fill it from its first argument.)
 void multiply(Tensor out, const Tensor& a, const Tensor& b, double scale, double beta = 0) {
+#if defined(SDPA_WITH_CUDA)
+  if (multiply_on_tensor_cores(out, a, b, scale, beta)) return;
+#endif
   if (low_precision(a)) {
     at::baddbmm_out(out, out, a, b, at::kFloat, beta, scale);
   } else if (one_on_cpu(a)) {

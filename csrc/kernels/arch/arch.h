@@ -28,4 +28,12 @@ constexpr int kChip = 0;
 #endif
 constexpr bool kIsBeforeSm90 = kChip != 0 && kChip < 90;
 
+// threadIdx.x, read anew. What is computed from it cannot be hoisted out of a kernel's main loop, where it would hold
+// registers that the products need: the addresses of staged tiles made those spill.
+__device__ __forceinline__ int fresh_thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 }  // namespace sdpa

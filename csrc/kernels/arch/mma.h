@@ -50,6 +50,18 @@ struct Mma<Sm80, __nv_bfloat16> {
   }
 };
 
+// d += a * b with a 16 x 8 row-major, b 8 x 8 column-major, of float32 cut off to TF32. A lane holds: a[0..3] = rows g,
+// g + 8, g, g + 8 of column t (the last two of t + 4); b0, b1 = rows t, t + 4 of column g; d as above.
+template <>
+struct Mma<Sm80, float> {
+  __device__ static __forceinline__ void add(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    const auto bits = [](float x) { return __float_as_uint(x); };
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b0)), "r"(bits(b1)));
+  }
+};
+
 // Two floats rounded to T in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);

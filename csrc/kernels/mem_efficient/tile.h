@@ -41,14 +41,6 @@ __device__ T from_float(float x) {
   }
 }
 
-// threadIdx.x, read anew. What is computed from it cannot be hoisted out of a kernel's main loop, where it would hold
-// registers that the tile products need: the addresses of five staged tiles made those spill.
-__device__ __forceinline__ int fresh_thread_index() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
-
 // Four neighbouring elements, the unit in which tensors are read and written.
 template <class T>
 struct alignas(4 * sizeof(T)) Quad {
