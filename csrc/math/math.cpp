@@ -247,9 +247,15 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double scale, double
   }
 }
 
-// Whether a product can go straight to where its rows belong, a view of the result (1, 1, rows, D).
-bool is_direct(const Tensor& view, at::ScalarType product_type) {
-  return view.is_cpu() && view.size(0) * view.size(1) == 1 && view.scalar_type() == product_type && view.stride(3) == 1;
+// Where a product's rows belong, a view of the result (batches, heads, rows, D), as the product gives them, (sets,
+// rows, D), if it can go straight there; else undefined.
+Tensor direct(const Tensor& view, int64_t sets, at::ScalarType product_type) {
+  if (view.size(0) * view.size(1) != sets || view.scalar_type() != product_type || view.stride(3) != 1) return {};
+  const bool is_single = sets == 1;
+  if (view.is_cpu() && !is_single) return {};
+  const bool is_one_run = view.size(0) == 1 || view.stride(0) == view.size(1) * view.stride(1);
+  if (!is_single && !is_one_run) return {};
+  return view.as_strided({sets, view.size(2), view.size(3)}, {view.stride(1), view.stride(2), 1});
 }
 
 Tensor product(const Tensor& a, const Tensor& b, double scale) {
@@ -409,9 +415,9 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
         probs = probs.view({heads, rows, c.columns}).to(type);
       }
       const Tensor target = query_view(output, c, shape.group);
-      if (is_direct(target, type)) {
-        multiply(target.squeeze(0), probs, v, rescale);
-        if (mask.defined()) Tensor(target).masked_fill_(highest == kNegInf, 0);
+      if (const Tensor straight = direct(target, heads, accumulation_type(call.query)); straight.defined()) {
+        multiply(straight, probs, v, rescale);
+        if (mask.defined() && !row_kernel) Tensor(target).masked_fill_(highest == kNegInf, 0);
         return;
       }
       Tensor out = product(probs, v, rescale).view(target.sizes());
@@ -481,9 +487,8 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
       const auto accumulate = [&](Tensor& sum, const Tensor& target, const Tensor& a, const Tensor& b, double scale) {
         double beta = 1;
         if (!sum.defined()) {
-          const Tensor view = key_view(target, all_rows, shape.S);
-          sum = is_direct(view, sum_type) ? view.squeeze(0)
-                                          : at::empty({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
+          sum = direct(key_view(target, all_rows, shape.S), heads, sum_type);
+          if (!sum.defined()) sum = at::empty({heads, shape.S, b.size(2)}, b.options().dtype(sum_type));
           if (c.columns == shape.S) {
             beta = 0;
           } else {
@@ -506,8 +511,8 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
       }
       if (grads.query.defined()) {
         const Tensor target = query_view(grads.query, c, group);
-        if (is_direct(target, sum_type)) {
-          multiply(target.squeeze(0), grad_scores, k, call.scale);
+        if (const Tensor straight = direct(target, heads, sum_type); straight.defined()) {
+          multiply(straight, grad_scores, k, call.scale);
         } else {
           target.copy_(product(grad_scores, k, call.scale).view(target.sizes()));
         }
@@ -517,7 +522,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
     const auto store = [&](const Tensor& target, const Tensor& sum) {
       if (!target.defined()) return;
       const Tensor view = key_view(target, all_rows, shape.S);
-      if (!is_direct(view, sum_type)) view.copy_(sum.view(view.sizes()));
+      if (!sum.is_alias_of(view)) view.copy_(sum.view(view.sizes()));
     };
     store(grads.key, grad_key);
     store(grads.value, grad_value);

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   constexpr int kStages = Flash::kStages;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  ForwardWork work;
+  ForwardWork work{};
   if (!work.find<Flash::kQueryTile>(p, order)) return;
   const int q0 = work.q0, key_end = work.key_end, full_end = work.full_end, key_head = work.key_head;
   const int heads = static_cast<int>(p.H);

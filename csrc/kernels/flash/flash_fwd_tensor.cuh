@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(FlashForwardTensor<Arch, T, kHeadDim>::kThread
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  ForwardWork work;
+  ForwardWork work{};
   if (!work.find<Flash::kQueryTile>(p, order)) return;
   const auto [q0, batch_head, batch, head, key_head, key_end, full_end] = work;
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
