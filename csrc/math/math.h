@@ -1,4 +1,5 @@
-// The math backend: attention on ATen, for every device and floating dtype, with bounded scratch memory.
+// The math backend: attention on ATen, for every device and floating dtype, with bounded scratch memory. On a GPU the
+// softmax and, in float32, the products are kernels of our own (kernels/attn/softmax_rows.h, float32_product.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>

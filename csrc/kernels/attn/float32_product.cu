@@ -253,26 +253,16 @@ cudaError_t launch(const Float32Product& p, cudaStream_t stream) {
 
 // Whether the current device's tensor cores multiply TF32 more than three times as fast as it does FFMA, which those
 // of chips for consumers do not, and the kernels were compiled for it.
-bool has_fast_tensor_cores() {
-  static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
-  const uint64_t bit = uint64_t{1} << device;
-  if (!(devices_asked.load(std::memory_order_acquire) & bit)) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-    cudaFuncAttributes of{};
-    if ((major == 8 && minor == 0) || major == 9 || major == 10) {
-      if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true>) != cudaSuccess) {
-        cudaGetLastError();  // it was a question
-      } else if (of.ptxVersion >= 80) {
-        devices_able.fetch_or(bit, std::memory_order_relaxed);
-      }
-    }
-    devices_asked.fetch_or(bit, std::memory_order_release);
+cudaError_t find_tensor_cores(int device, bool& are_fast) {
+  int major = 0, minor = 0;
+  if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return error;
+  cudaFuncAttributes of{};
+  if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true>) != cudaSuccess) {
+    cudaGetLastError();  // it was a question
   }
-  return (devices_able.load(std::memory_order_relaxed) & bit) != 0;
+  are_fast = ((major == 8 && minor == 0) || major == 9 || major == 10) && of.ptxVersion >= 80;
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -292,7 +282,7 @@ bool takes_float32_product(const Float32Product& p) {
   const bool is_known_order = p.a.col_stride == 1 || p.b.col_stride == 1;
   return is_known_order && in_quads(p.a) && in_quads(p.b) && out_in_pairs && p.depth >= kShallowest &&
          p.rows >= kFewestRows && p.cols >= kFewestCols && std::max({p.depth, p.rows, p.cols}) <= INT32_MAX - 128 &&
-         has_fast_tensor_cores();
+         asked_once<find_tensor_cores>();
 }
 
 cudaError_t float32_product(const Float32Product& p, cudaStream_t stream) {

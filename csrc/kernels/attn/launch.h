@@ -44,20 +44,33 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// Whether the code of kKernel that runs here was compiled for sm90 or newer.
-template <auto kKernel>
-bool runs_as_sm90() {
+// What kAsk says of the current device, which it is asked once for each. (kAsk sets what it is given; if it gives an
+// error, the answer is no for now.)
+template <auto kAsk>
+bool asked_once() {
   static std::atomic<uint64_t> devices_asked{0}, devices_able{0};
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
   const uint64_t bit = uint64_t{1} << device;
   if (!(devices_asked.load(std::memory_order_acquire) & bit)) {
-    cudaFuncAttributes of{};
-    if (cudaFuncGetAttributes(&of, kKernel) != cudaSuccess) return false;
-    if (of.ptxVersion >= 90 && of.binaryVersion >= 90) devices_able.fetch_or(bit, std::memory_order_relaxed);
+    bool is_able = false;
+    if (kAsk(device, is_able) != cudaSuccess) return false;
+    if (is_able) devices_able.fetch_or(bit, std::memory_order_relaxed);
     devices_asked.fetch_or(bit, std::memory_order_release);
   }
   return (devices_able.load(std::memory_order_relaxed) & bit) != 0;
+}
+
+// Whether the code of kKernel that runs here was compiled for sm90 or newer.
+template <auto kKernel>
+bool runs_as_sm90() {
+  constexpr auto kAsk = [](int, bool& is_able) {
+    cudaFuncAttributes of{};
+    const auto error = cudaFuncGetAttributes(&of, kKernel);
+    is_able = of.ptxVersion >= 90 && of.binaryVersion >= 90;
+    return error;
+  };
+  return asked_once<kAsk>();
 }
 
 // Launches a kernel that calls wait_for_predecessor. Early only if the code that will run was compiled for sm90 or
