@@ -448,6 +448,8 @@ def test_math_in_float32(lengths, dims, kind):
 def test_math_in_float32_with_infinities():
     query, key, value = (make(2, 4, n, 64, device="cuda", grad=False) for n in (200, 136, 136))
     query[0, 1, 70, 3], key[1, 2, 9, 60], value[1, 0, 20, 30], value[0, 0, 1, 2] = INF, -INF, INF, 3e38
+    query[1, 3, 5], key[1, 3, 6] = 0, 0
+    query[1, 3, 5, 0] = key[1, 3, 6, 0] = 2.0**64 - 2.0**51  # its square is finite, that of what TF32 holds is not
     with sdpa.sdpa_kernel(SDPBackend.MATH):
         output = sdpa.scaled_dot_product_attention(query, key, value)
     expected = (query @ key.mT / 8).softmax(-1) @ value

@@ -191,9 +191,10 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
     }
   }
 
-  // Infinities have no parts: where one may have been, float32 tells what becomes of it.
+  // Infinities have no parts, and numbers just below them are rounded to them: where a result is not finite, float32
+  // tells what it is.
   const int lane = threadIdx.x % 32;
-  uint32_t unknown = 0;  // a bit for each NaN of this thread
+  uint32_t unknown = 0;  // a bit for each of this thread's results
   float* const out = p.out + batch * p.out_batch_stride;
   const auto row_of = [&](int i) { return first_row + warp_row + i * 8 + lane / 4; };
   const auto col_of = [&](int n) { return first_col + warp_col + n * 8 + lane % 4 * 2; };
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         x[c] = sums[i / 2][n][i % 2 * 2 + c] + rests[i / 2][n][i % 2 * 2 + c];
-        is_known[c] = !isnan(x[c]);
+        is_known[c] = isfinite(x[c]);
         if (!is_known[c]) unknown |= 1u << ((i * 4 + n) * 2 + c);
       }
       float* const to = out + row * p.out_row_stride + col;
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
     const float* y = p.b.data + batch * p.b.batch_stride + col * p.b.col_stride;
     float sum = 0.f;
 #pragma unroll 1
-    for (int k = 0; k < p.depth; ++k, x += p.a.col_stride, y += p.b.row_stride) sum = fmaf(*x, *y, sum);
+    for (int k = 0; k < p.depth && !isnan(sum); ++k, x += p.a.col_stride, y += p.b.row_stride) sum = fmaf(*x, *y, sum);
     float* const to = out + row * p.out_row_stride + col;
     *to = fmaf(p.scale, sum, p.adds ? *to : 0.f);
   }

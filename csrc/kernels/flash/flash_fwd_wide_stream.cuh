@@ -316,6 +316,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     }
     slot = after;
   }
+  cp_async_wait_all();  // a warp that leaves early has copies on their way that others wait for
 }
 
 }  // namespace sdpa
