@@ -251,10 +251,8 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double scale, double
 // rows, D), if it can go straight there; else undefined.
 Tensor direct(const Tensor& view, int64_t sets, at::ScalarType product_type) {
   if (view.size(0) * view.size(1) != sets || view.scalar_type() != product_type || view.stride(3) != 1) return {};
-  const bool is_single = sets == 1;
-  if (view.is_cpu() && !is_single) return {};
   const bool is_one_run = view.size(0) == 1 || view.stride(0) == view.size(1) * view.stride(1);
-  if (!is_single && !is_one_run) return {};
+  if (sets != 1 && (view.is_cpu() || !is_one_run)) return {};
   return view.as_strided({sets, view.size(2), view.size(3)}, {view.stride(1), view.stride(2), 1});
 }
 

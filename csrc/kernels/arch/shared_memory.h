@@ -81,9 +81,6 @@ __device__ __forceinline__ int load_shared_4(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ void store_shared_8(uint32_t address, uint2 v) {
-  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
-}
 __device__ __forceinline__ void store_shared_16(uint32_t address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");

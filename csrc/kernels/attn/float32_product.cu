@@ -8,7 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "arch/arch.h"
 #include "arch/mma.h"
@@ -71,16 +70,10 @@ struct OperandTile {
       const uint32_t from = tile + place + lines * 4 + depth * kRowBytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = load_shared_float(from + (kIsA ? i % 2 : i / 2) * 32 + (kIsA ? i / 2 : i % 2) * 4 * kRowBytes);
+        const int line = kIsA ? i % 2 : i / 2, row = kIsA ? i / 2 : i % 2;  // in eights and in fours
+        x[i] = __int_as_float(load_shared_4(from + line * 32 + row * 4 * kRowBytes));
       }
     }
-  }
-
- private:
-  __device__ __forceinline__ static float load_shared_float(uint32_t address) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
-    return x;
   }
 };
 
@@ -274,12 +267,13 @@ bool takes_float32_product(const Float32Product& p) {
   const auto stride_of_lines = [](const Float32Product::Matrix& m) {
     return m.col_stride == 1 ? m.row_stride : m.row_stride == 1 ? m.col_stride : -1;
   };
-  const auto in_quads = [&](const Float32Product::Matrix& m) {
-    return (static_cast<int64_t>(reinterpret_cast<uintptr_t>(m.data) / 4) | m.batch_stride | stride_of_lines(m)) % 4 ==
-           0;
+  const auto is_aligned = [](const float* data, int64_t strides, int elements) {
+    return (static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(float)) | strides) % elements == 0;
   };
-  const bool out_in_pairs =
-      (static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.out) / 4) | p.out_batch_stride | p.out_row_stride) % 2 == 0;
+  const auto in_quads = [&](const Float32Product::Matrix& m) {
+    return is_aligned(m.data, m.batch_stride | stride_of_lines(m), 4);
+  };
+  const bool out_in_pairs = is_aligned(p.out, p.out_batch_stride | p.out_row_stride, 2);
   const bool is_known_order = p.a.col_stride == 1 || p.b.col_stride == 1;
   return is_known_order && in_quads(p.a) && in_quads(p.b) && out_in_pairs && p.depth >= kShallowest &&
          p.rows >= kFewestRows && p.cols >= kFewestCols && std::max({p.depth, p.rows, p.cols}) <= INT32_MAX - 128 &&

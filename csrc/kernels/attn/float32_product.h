@@ -1,5 +1,5 @@
 // Products of float32 matrices on tensor cores, as exact as FFMA: what the math backend multiplies by where a chip's
-// tensor cores are so much faster that six products of bfloat16 take less time than one of float32.
+// tensor cores are so much faster that three products of TF32 take less time than one of float32.
 #pragma once
 
 #include <cuda_runtime_api.h>

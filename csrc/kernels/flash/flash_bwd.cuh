@@ -176,21 +176,19 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
     } else {
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
       using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
+      // 128 queries read less from shared memory for a product, but leave no registers for a mask.
       using Large192 = std::conditional_t<kEdit == ScoreEdit::kNone, WideTile<192, 8, 2, 4, 128, 1, 1, 163 * 1024>,
                                           WideTile<192, 8, 2, 4, 64, 2, 2, 163 * 1024>>;
-      // 128 queries read less from shared memory for a product, but leave no registers for a mask.
       using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
                                       WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
       using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
       using Boxed192 = WideTile<192, 8, 2, 4, 128, 1, 2, 227 * 1024>;
-      const bool is_huge = p.shared_bytes >= Huge::kMaxSharedBytes;
-      if (is_huge && std::max(p.E, p.Ev) <= 192)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Huge192, Boxed192>(p, walks, stream);
+      const bool is_huge = p.shared_bytes >= Huge::kMaxSharedBytes, is_large = p.shared_bytes >= Large::kMaxSharedBytes;
+      const bool fits_192 = std::max(p.E, p.Ev) <= 192;
+      if (is_huge && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192, Boxed192>(p, walks, stream);
       if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, walks, stream);
-      if (p.shared_bytes >= Large::kMaxSharedBytes && std::max(p.E, p.Ev) <= 192)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Large192>(p, walks, stream);
-      if (p.shared_bytes >= Large::kMaxSharedBytes)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
+      if (is_large && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Large192>(p, walks, stream);
+      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
       return launch_wide<Arch, T, kHeadDim, kEdit, Small>(p, walks, stream);
     }
   }
