@@ -450,11 +450,44 @@ def test_math_in_float32_with_infinities():
     query[0, 1, 70, 3], key[1, 2, 9, 60], value[1, 0, 20, 30], value[0, 0, 1, 2] = INF, -INF, INF, 3e38
     query[1, 3, 5], key[1, 3, 6] = 0, 0
     query[1, 3, 5, 0] = key[1, 3, 6, 0] = 2.0**64 - 2.0**51  # its square is finite, that of what TF32 holds is not
+    tensors = [t.requires_grad_() for t in (query, key, value)]
     with sdpa.sdpa_kernel(SDPBackend.MATH):
-        output = sdpa.scaled_dot_product_attention(query, key, value)
+        output = sdpa.scaled_dot_product_attention(*tensors)
     expected = (query @ key.mT / 8).softmax(-1) @ value
     assert expected.isnan().any() and expected.isinf().any()
     assert torch.equal(output.isnan(), expected.isnan()) and torch.equal(output.isinf(), expected.isinf())
+    grad = torch.randn_like(output)
+    for result, eager in zip(*(torch.autograd.grad(o, tensors, grad) for o in (output, expected)), strict=True):
+        same = result.isfinite() == eager.isfinite()
+        same[0, 0] = True  # eager's sums overflow there
+        assert same.all()
+
+
+@pytest.mark.parametrize("kind", ["group", "small scratch", "logits", "expanded", "gradient", "query", "value"])
+@pytest.mark.parametrize("dims", [(64, 64), (32, 32), (16, 128), (136, 20)], ids=str)
+def test_softmax_in_the_products_of_math(dims, kind):
+    """In the float32 backward of calls without a mask, dropout and causality."""
+    group = 4 if kind in ("group", "small scratch") else 1
+    shapes = (8, 515, dims[0]), (8 // group, 333, dims[0]), (8 // group, 333, dims[1])
+    tensors = [make(2, *shape, device="cuda", grad=kind not in ("query", "value")) for shape in shapes]
+    if kind == "expanded":
+        tensors[1:] = [t.detach()[:1, :1].expand(2, 8, -1, -1).requires_grad_() for t in tensors[1:]]
+    elif kind in ("query", "value"):
+        tensors[0 if kind == "query" else 2].requires_grad_()
+    elif kind == "gradient":
+        with sdpa.sdpa_kernel(SDPBackend.MATH):
+            output = sdpa.scaled_dot_product_attention(*tensors)
+        grad = make(2, 8, 515, 1, device="cuda", grad=False).expand_as(output)
+        results = [torch.autograd.grad(output, tensors, g, retain_graph=True) for g in (grad, grad.contiguous())]
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        return
+    limit = sdpa.math_scratch_limit()
+    try:
+        sdpa.set_math_scratch_limit(2**20 if kind == "small scratch" else limit)
+        scale = 3000.0 if kind == "logits" else None
+        check(SDPBackend.MATH, *tensors, scale=scale, enable_gqa=group > 1)
+    finally:
+        sdpa.set_math_scratch_limit(limit)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])

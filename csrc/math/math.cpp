@@ -61,12 +61,12 @@ bool has_row_kernel(const Tensor& t) {
 #endif
 }
 
-// What is held of each score at one time: scores, which become probabilities, and in the backward the gradients of
-// these, which become those of the scores. Besides, with our row kernel the latter in 16 bits for the gradient of a
-// mask; without, a byte of dropout and what a GPU multiplies in 16 bits.
-int64_t bytes_per_score(bool row_kernel, bool backward, bool mask_grad, bool is_double) {
-  const int64_t more = row_kernel ? (backward && mask_grad ? 2 : 0) : 3;
-  return (backward ? 2 : 1) * (is_double ? 8 : 4) + more;
+// What is held of each score at one time: scores, which become probabilities, and in the backward, but for a softmax
+// within the products, the gradients of these, which become those of the scores. Besides, with our row kernel the
+// latter in 16 bits for the gradient of a mask; without, a byte of dropout and what a GPU multiplies in 16 bits.
+int64_t bytes_per_score(bool row_kernel, bool both, bool mask_grad, bool is_double) {
+  const int64_t more = row_kernel ? (both && mask_grad ? 2 : 0) : 3;
+  return (both ? 2 : 1) * (is_double ? 8 : 4) + more;
 }
 
 // How many threads take heads of their own, since there are enough: their scores stay in their caches, and they wait
@@ -212,9 +212,7 @@ bool one_on_cpu(const Tensor& a) {
 }
 
 #if defined(SDPA_WITH_CUDA)
-// multiply in float32, where a kernel of our own does it; with beta 0 or 1.
-bool multiply_on_tensor_cores(const Tensor& out, const Tensor& a, const Tensor& b, double scale, double beta) {
-  if (!a.is_cuda() || a.scalar_type() != at::kFloat || out.stride(2) != 1 || tf32_is_allowed()) return false;
+Float32Product float32_product_of(const Tensor& out, const Tensor& a, const Tensor& b, double scale) {
   const auto matrix = [](const Tensor& t) -> Float32Product::Matrix {
     return {t.const_data_ptr<float>(), t.stride(0), t.stride(1), t.stride(2)};
   };
@@ -223,7 +221,15 @@ bool multiply_on_tensor_cores(const Tensor& out, const Tensor& a, const Tensor& 
   product.out = out.data_ptr<float>();
   product.out_batch_stride = out.stride(0), product.out_row_stride = out.stride(1);
   product.batches = a.size(0), product.rows = a.size(1), product.cols = b.size(2), product.depth = a.size(2);
-  product.scale = static_cast<float>(scale), product.adds = beta != 0;
+  product.scale = static_cast<float>(scale);
+  return product;
+}
+
+// multiply in float32, where a kernel of our own does it; with beta 0 or 1.
+bool multiply_on_tensor_cores(const Tensor& out, const Tensor& a, const Tensor& b, double scale, double beta) {
+  if (!a.is_cuda() || a.scalar_type() != at::kFloat || out.stride(2) != 1 || tf32_is_allowed()) return false;
+  Float32Product product = float32_product_of(out, a, b, scale);
+  product.adds = beta != 0;
   if (!takes_float32_product(product)) return false;
   C10_CUDA_CHECK(float32_product(product, c10::cuda::getCurrentCUDAStream()));
   return true;
@@ -308,13 +314,25 @@ Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
       .narrow(3, 0, c.columns);
 }
 
+// A chunk's softmax in the backward, within its products: E = exp(scores - logsumexp), which is P but for a factor of
+// the row, what rounding took from the logsumexp. grad_out is divided by the row's sum of E instead, so that
+// dV = E^T grad_out and dS = E * (grad_out V^T - delta), delta = rowsum(grad_out * output).
+struct ProductSoftmax {
+  Tensor exponentials;  // (heads, rows, columns), padded
+  Tensor grad_out;      // (heads, rows, Ev)
+  Tensor delta;         // (heads, rows)
+};
+
 #if defined(SDPA_WITH_CUDA)
 
-// Scores in memory as the row kernel takes them: (heads, rows, columns padded to its step).
-Tensor padded_product(const Tensor& a, const Tensor& b, double scale) {
+// Memory for a @ b as the row kernel takes scores: (heads, rows, columns padded to its step).
+Tensor padded_memory(const Tensor& a, const Tensor& b) {
   constexpr int64_t kStep = SoftmaxRows::kPitchStep;
   const int64_t pitch = (b.size(2) + kStep - 1) / kStep * kStep;
-  const Tensor out = at::empty({a.size(0), a.size(1), pitch}, a.options().dtype(at::kFloat));
+  return at::empty({a.size(0), a.size(1), pitch}, a.options().dtype(at::kFloat));
+}
+Tensor padded_product(const Tensor& a, const Tensor& b, double scale) {
+  const Tensor out = padded_memory(a, b);
   multiply(out.narrow(2, 0, b.size(2)), a, b, scale);
   return out;
 }
@@ -349,7 +367,67 @@ Tensor in_place_result(const Tensor& padded, at::ScalarType type, int64_t column
   return padded.view(type).narrow(2, 0, columns);
 }
 
+// query and k: (heads, rows or columns, E); grad_output, output (.., Ev) and logsumexp (.., 1): views of 4 dims.
+ProductSoftmax product_softmax(const Tensor& query, const Tensor& k, double scale, const Tensor& grad_output,
+                               const Tensor& output, const Tensor& logsumexp) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t heads = query.size(0), rows = query.size(1), columns = k.size(1);
+  const int64_t sum_columns = (columns + Float32Product::kSumCols - 1) / Float32Product::kSumCols;
+  const Tensor row_lse = logsumexp.contiguous(), keys = k.transpose(1, 2), memory = padded_memory(query, keys);
+  const Tensor sums = at::empty({heads, sum_columns, rows}, memory.options());
+  Float32Product product = float32_product_of(memory, query, keys, scale);
+  product.result = ProductResult::kExponentials;
+  product.row_terms = row_lse.const_data_ptr<float>();
+  product.exp_sums = sums.data_ptr<float>();
+  C10_CUDA_CHECK(float32_product(product, stream));
+
+  const ProductSoftmax softmax{memory.narrow(2, 0, columns), at::empty({heads, rows, output.size(3)}, memory.options()),
+                               at::empty({heads, rows}, memory.options())};
+  DividedRows divided;
+  divided.grad_output = operand(grad_output);
+  divided.output = operand(output);
+  divided.batches = output.size(0), divided.heads = output.size(1);
+  divided.rows = output.size(2), divided.cols = output.size(3);
+  divided.exp_sums = product.exp_sums;
+  divided.sum_rows = rows, divided.sum_cols = sum_columns;
+  divided.quotients = softmax.grad_out.data_ptr<float>();
+  divided.delta = softmax.delta.data_ptr<float>();
+  C10_CUDA_CHECK(divide_rows(divided, stream));
+  return softmax;
+}
+// The gradients of the scores, in place of the exponentials.
+Tensor in_place_gradients(const ProductSoftmax& softmax, const Tensor& v) {
+  Float32Product product = float32_product_of(softmax.exponentials, softmax.grad_out, v.transpose(1, 2), 1);
+  product.result = ProductResult::kGradients;
+  product.row_terms = softmax.delta.const_data_ptr<float>();
+  C10_CUDA_CHECK(float32_product(product, c10::cuda::getCurrentCUDAStream()));
+  return softmax.exponentials;
+}
+
 #endif
+
+// Whether the backward's softmax is within its products: then of each score memory holds one number, not two, and
+// these are not read and written once more. Only where the forward's scores are products of our own as well, so the
+// very same: the output goes with them.
+bool has_product_softmax(const Call& call) {
+#if defined(SDPA_WITH_CUDA)
+  const bool is_plain = !call.attn_mask.defined() && !call.is_causal && call.dropout_p == 0;
+  if (!is_plain || !call.query.is_cuda() || call.query.scalar_type() != at::kFloat || tf32_is_allowed()) return false;
+  const Shape shape(call);
+  const auto takes = [&](const Tensor& a, const Tensor& b) {
+    Float32Product product;
+    product.a = {a.const_data_ptr<float>(), a.stride(0) | a.stride(1), a.stride(2), a.stride(3)};
+    product.b = {b.const_data_ptr<float>(), b.stride(0) | b.stride(1), b.stride(3), b.stride(2)};
+    product.rows = shape.group * shape.L, product.cols = shape.S, product.depth = a.size(3);
+    product.result = ProductResult::kExponentials;
+    return product.depth % 4 == 0 && takes_float32_product(product);  // copies, too, are in fours
+  };
+  return takes(call.query, call.key) && takes(call.value, call.value);  // the latter by a contiguous matrix
+#else
+  static_cast<void>(call);
+  return false;
+#endif
+}
 
 }  // namespace
 
@@ -425,18 +503,19 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   });
 }
 
-void math_backward(const Call& call, const Tensor& grad_output, const Tensor& logsumexp, const Gradients& grads) {
+void math_backward(const Call& call, const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp,
+                   const Gradients& grads) {
   const Shape shape(call);
   const auto type = product_type(call.query);
   const auto sum_type = accumulation_type(call.query);
   const Tensor mask = chunked_mask(call);
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const bool row_kernel = has_row_kernel(call.query);
+  const bool row_kernel = has_row_kernel(call.query), in_products = has_product_softmax(call);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   // A look at all rows costs less than two passes over the gradients of a chunk.
   Tensor empty_rows = mask.defined() && !row_kernel ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
-  const int64_t score_bytes = bytes_per_score(row_kernel, true, grads.mask.defined(), type == at::kDouble);
+  const int64_t score_bytes = bytes_per_score(row_kernel, !in_products, grads.mask.defined(), type == at::kDouble);
   Independent independent;
   if (grad_mask.defined()) independent = {grad_mask.size(0) == shape.B, grad_mask.size(1) == shape.H};
   for_chunks(call, score_bytes, independent, [&](const Chunk& all_rows, const auto& for_rows) {
@@ -448,12 +527,19 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
       const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
       const std::vector<int64_t> four_dims = {c.batches, c.key_heads * group, c.rows, c.columns};
       const Tensor query = query_side(call.query, c, group).to(type);
-      Tensor grad_out = query_side(grad_output, c, group).to(type);
+      Tensor grad_out = in_products ? Tensor() : query_side(grad_output, c, group).to(type);
       const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
       // Of shape (heads, rows, columns). The mask's gradient wants those of the scores unrounded.
       Tensor probs, grad_scores;
       const auto grad_type = grad_mask.defined() ? sum_type : type;
-      if (row_kernel) {
+      ProductSoftmax softmax;
+      if (in_products) {
+#if defined(SDPA_WITH_CUDA)
+        softmax = product_softmax(query, k, call.scale, query_view(grad_output, c, group), query_view(output, c, group),
+                                  query_view(logsumexp.unsqueeze(3), c, group));
+        probs = softmax.exponentials, grad_out = softmax.grad_out;
+#endif
+      } else if (row_kernel) {
 #if defined(SDPA_WITH_CUDA)
         const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
         const Tensor grad_probs = padded_product(grad_out, v.transpose(1, 2), rescale);
@@ -496,6 +582,11 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& lo
         multiply(sum.narrow(1, 0, c.columns), a, b, scale, beta);
       };
       if (grads.value.defined()) accumulate(grad_value, grads.value, probs.transpose(1, 2), grad_out, rescale);
+      if (in_products && (grads.query.defined() || grads.key.defined())) {
+#if defined(SDPA_WITH_CUDA)
+        grad_scores = in_place_gradients(softmax, v);
+#endif
+      }
       probs.reset();
       if (grad_mask.defined()) {
         Tensor part = mask_chunk(grad_mask, c, group);

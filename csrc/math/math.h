@@ -17,8 +17,8 @@ struct Gradients {  // undefined: not wanted; mask is in the accumulation dtype,
 
 // Writes output (B, H, L, Ev) and, if defined, logsumexp (B, H, L).
 void math_forward(const Call& call, at::Tensor output, at::Tensor logsumexp);
-void math_backward(const Call& call, const at::Tensor& grad_output, const at::Tensor& logsumexp,
-                   const Gradients& gradients);
+void math_backward(const Call& call, const at::Tensor& grad_output, const at::Tensor& output,
+                   const at::Tensor& logsumexp, const Gradients& gradients);
 
 // The bytes of scratch that math_forward allows itself; settable.
 int64_t math_scratch_limit();

@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
       const Tensor rows = without_column(t[6]);
       const Tensor rows_rest = without_column(t[7]);
       if (backend == Backend::kMath) {
-        math_backward(call, t[4], rows, gradients);
+        math_backward(call, t[4], t[5], rows, gradients);
         return;
       }
 #if defined(SDPA_WITH_CUDA)

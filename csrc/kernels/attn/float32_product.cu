@@ -13,6 +13,7 @@
 #include "arch/mma.h"
 #include "arch/shared_memory.h"
 #include "attn/launch.h"
+#include "attn/softmax.h"
 
 namespace sdpa {
 namespace {
@@ -98,7 +99,44 @@ struct Split {
   }
 };
 
-template <bool kAAlongDepth, bool kBAlongDepth>
+// Which of the results of 8 rows and 4 pairs of columns a lane has: those that mma gives it, or, by FFMA, such that the
+// next lane reads the same of a and the next but one the same of b: so shared memory serves 16 lanes at once.
+template <bool kByFfma>
+struct LanePlace {
+  static constexpr int kSecondPairs = kByFfma ? 4 : 2;  // how far the other lanes with the row are, besides 1
+  int row, pair;
+  __device__ __forceinline__ explicit LanePlace(int lane)
+      : row(kByFfma ? lane / 2 % 2 + lane / 8 * 2 : lane / 4), pair(kByFfma ? lane % 2 + lane / 4 % 2 * 2 : lane % 4) {}
+};
+
+// Adds a step of the products of a warp's lines, both along the depth.
+template <class A, class B>
+__device__ __forceinline__ void multiply_by_ffma(float (&sums)[2][4][4], uint32_t a_tile, int a_line, uint32_t b_tile,
+                                                 int b_line) {
+  const uint32_t a_place = A::offset(a_line, 0), b_place = B::offset(b_line, 0);
+  const auto read = [](uint32_t address) {
+    const uint4 x = load_shared_16(address);
+    return float4{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+  };
+#pragma unroll
+  for (int quad = 0; quad < kDepth / 4; ++quad) {
+    float4 a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = read(a_tile + (a_place ^ quad * 16) + i * 8 * A::kRowBytes);
+#pragma unroll
+    for (int line = 0; line < 8; ++line) {
+      const int n = line / 2, c = line % 2;
+      const float4 b = read(b_tile + (b_place ^ (quad ^ c) * 16) + (n * 8 + c) * B::kRowBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& sum = sums[i / 2][n][i % 2 * 2 + c];
+        sum = fmaf(a[i].w, b.w, fmaf(a[i].z, b.z, fmaf(a[i].y, b.y, fmaf(a[i].x, b.x, sum))));
+      }
+    }
+  }
+}
+
+template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult, bool kByFfma>
 __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThreads, kIsBeforeSm90 ? 2 : 3)
     float32_product_kernel(const __grid_constant__ Float32Product p, const unsigned row_tiles,
                            const unsigned col_tiles) {
@@ -140,6 +178,12 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
   float sums[2][4][4] = {}, rests[2][4][4] = {};
   // Two of three stages are on their way.
   constexpr uint32_t kLast = 2 * Tile::kStageBytes;
+  if constexpr (kResult == ProductResult::kGradients) {  // what the end waits for
+    static_assert(Tile::kThreads == Tile::kRows * 2 && Tile::kCols == 64, "128 bytes each");
+    const int row = first_row + threadIdx.x / 2, col = first_col + threadIdx.x % 2 * 32;
+    const float* const from = p.out + batch * p.out_batch_stride + row * p.out_row_stride + col;
+    if (row < rows && col < cols) asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
   fetch(base);
   fetch(base + Tile::kStageBytes);
   uint32_t stage = base;
@@ -149,48 +193,79 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
     __syncthreads();
     fetch(stage == base ? base + kLast : stage - Tile::kStageBytes);
     if (!has_results) continue;
+    if constexpr (kByFfma) {
+      const LanePlace<true> place(threadIdx.x % 32);
+      multiply_by_ffma<A, B>(sums, stage, warp_row + place.row, stage + A::kBytes, warp_col + place.pair * 2);
+    } else {
 #pragma unroll
-    for (int sixteen = 0; sixteen < kDepth; sixteen += 16) {
-      float firsts[2][4][4] = {};
+      for (int sixteen = 0; sixteen < kDepth; sixteen += 16) {
+        float firsts[2][4][4] = {};
 #pragma unroll
-      for (int eight = sixteen; eight < sixteen + 16; eight += 8) {
-        float x[4];
-        A::template load<true>(x, stage, a_place, 0, eight);
-        const Split upper(x);
-        A::template load<true>(x, stage, a_place, 16, eight);
-        const Split lower(x);
+        for (int eight = sixteen; eight < sixteen + 16; eight += 8) {
+          float x[4];
+          A::template load<true>(x, stage, a_place, 0, eight);
+          const Split upper(x);
+          A::template load<true>(x, stage, a_place, 16, eight);
+          const Split lower(x);
 #pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-          B::template load<false>(x, stage + A::kBytes, b_place, n * 8, eight);
-          const Split right(x);
+          for (int n = 0; n < 4; n += 2) {
+            B::template load<false>(x, stage + A::kBytes, b_place, n * 8, eight);
+            const Split right(x);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float b0 = right.first[2 * i], b1 = right.first[2 * i + 1];
-            Product::add(rests[0][n + i], upper.rest, b0, b1);
-            Product::add(rests[1][n + i], lower.rest, b0, b1);
-            Product::add(firsts[0][n + i], upper.first, b0, b1);
-            Product::add(firsts[1][n + i], lower.first, b0, b1);
-          }
+            for (int i = 0; i < 2; ++i) {
+              const float b0 = right.first[2 * i], b1 = right.first[2 * i + 1];
+              Product::add(rests[0][n + i], upper.rest, b0, b1);
+              Product::add(rests[1][n + i], lower.rest, b0, b1);
+              Product::add(firsts[0][n + i], upper.first, b0, b1);
+              Product::add(firsts[1][n + i], lower.first, b0, b1);
+            }
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float b0 = right.rest[2 * i], b1 = right.rest[2 * i + 1];
-            Product::add(rests[0][n + i], upper.first, b0, b1);
-            Product::add(rests[1][n + i], lower.first, b0, b1);
+            for (int i = 0; i < 2; ++i) {
+              const float b0 = right.rest[2 * i], b1 = right.rest[2 * i + 1];
+              Product::add(rests[0][n + i], upper.first, b0, b1);
+              Product::add(rests[1][n + i], lower.first, b0, b1);
+            }
           }
         }
-      }
 #pragma unroll
-      for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] += firsts[i / 16][i / 4 % 4][i % 4];
+        for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] += firsts[i / 16][i / 4 % 4][i % 4];
+      }
     }
   }
 
   // Infinities have no parts, and numbers just below them are rounded to them: where a result is not finite, float32
   // tells what it is.
-  const int lane = threadIdx.x % 32;
+  const LanePlace<kByFfma> place(threadIdx.x % 32);
   uint32_t unknown = 0;  // a bit for each of this thread's results
   float* const out = p.out + batch * p.out_batch_stride;
-  const auto row_of = [&](int i) { return first_row + warp_row + i * 8 + lane / 4; };
-  const auto col_of = [&](int n) { return first_col + warp_col + n * 8 + lane % 4 * 2; };
+  const auto row_of = [&](int i) { return first_row + warp_row + i * 8 + place.row; };
+  const auto col_of = [&](int n) { return first_col + warp_col + n * 8 + place.pair * 2; };
+  const auto term_of = [&](int row) {
+    if (kResult == ProductResult::kSum) return 0.f;
+    const float term = p.row_terms[batch * p.rows + row];
+    return kResult == ProductResult::kExponentials && term == -INFINITY ? INFINITY : term;
+  };
+  const bool adds = kResult == ProductResult::kSum && p.adds;
+  const auto result = [&](float x, float term, float before) {
+    if constexpr (kResult == ProductResult::kSum) return fmaf(p.scale, x, before);
+    // Rounded before the difference is taken, as the scores were whose logsumexp the term is.
+    const float difference = __fmul_rn(p.scale, x) - term;
+    return kResult == ProductResult::kGradients ? before * difference : exp2_approx(difference * kLog2E);
+  };
+  // All that is read before the first is written: the compiler must take them for one place.
+  float terms[4] = {};
+  float2 exponentials[4][4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (kResult == ProductResult::kSum || row_of(i) >= rows) continue;
+    terms[i] = term_of(row_of(i));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if (kResult != ProductResult::kGradients || col_of(n) >= cols) continue;
+      exponentials[i][n] = *reinterpret_cast<const float2*>(out + row_of(i) * p.out_row_stride + col_of(n));
+    }
+  }
+  float exp_sums[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = row_of(i);
@@ -202,17 +277,20 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
       bool is_known[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        x[c] = sums[i / 2][n][i % 2 * 2 + c] + rests[i / 2][n][i % 2 * 2 + c];
-        is_known[c] = isfinite(x[c]);
+        x[c] = sums[i / 2][n][i % 2 * 2 + c] + (kByFfma ? 0.f : rests[i / 2][n][i % 2 * 2 + c]);
+        is_known[c] = kByFfma || isfinite(x[c]);
         if (!is_known[c]) unknown |= 1u << ((i * 4 + n) * 2 + c);
       }
       float* const to = out + row * p.out_row_stride + col;
+      const float2 e = exponentials[i][n];
       if (is_known[0] && is_known[1] && col + 1 < cols) {
-        const float2 before = p.adds ? *reinterpret_cast<const float2*>(to) : float2{0.f, 0.f};
-        *reinterpret_cast<float2*>(to) = {fmaf(p.scale, x[0], before.x), fmaf(p.scale, x[1], before.y)};
+        const float2 before = adds ? *reinterpret_cast<const float2*>(to) : e;
+        const float2 y = {result(x[0], terms[i], before.x), result(x[1], terms[i], before.y)};
+        *reinterpret_cast<float2*>(to) = y;
+        exp_sums[i] += y.x + y.y;
       } else {
-        if (is_known[0] && col < cols) to[0] = fmaf(p.scale, x[0], p.adds ? to[0] : 0.f);
-        if (is_known[1] && col + 1 < cols) to[1] = fmaf(p.scale, x[1], p.adds ? to[1] : 0.f);
+        if (is_known[0] && col < cols) exp_sums[i] += to[0] = result(x[0], terms[i], adds ? to[0] : e.x);
+        if (is_known[1] && col + 1 < cols) exp_sums[i] += to[1] = result(x[1], terms[i], adds ? to[1] : e.y);
       }
     }
   }
@@ -228,14 +306,28 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
 #pragma unroll 1
     for (int k = 0; k < p.depth && !isnan(sum); ++k, x += p.a.col_stride, y += p.b.row_stride) sum = fmaf(*x, *y, sum);
     float* const to = out + row * p.out_row_stride + col;
-    *to = fmaf(p.scale, sum, p.adds ? *to : 0.f);
+    const float last = result(sum, term_of(row), kResult == ProductResult::kGradients || adds ? *to : 0.f);
+    *to = last;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) exp_sums[i] += i == number / 8 ? last : 0.f;
+  }
+  if constexpr (kResult == ProductResult::kExponentials) {
+    static_assert(Float32Product::kSumCols == 32, "a warp's columns");
+    const int64_t group = (first_col + warp_col) / 32;
+    float* const to = p.exp_sums + (batch * ((cols + 31) / 32) + group) * p.rows;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      exp_sums[i] += __shfl_xor_sync(0xffffffffu, exp_sums[i], 1);
+      exp_sums[i] += __shfl_xor_sync(0xffffffffu, exp_sums[i], place.kSecondPairs);
+      if (has_results && place.pair == 0 && row_of(i) < rows) to[row_of(i)] = exp_sums[i];
+    }
   }
 }
 
-template <bool kAAlongDepth, bool kBAlongDepth>
+template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult = ProductResult::kSum, bool kByFfma = false>
 cudaError_t launch(const Float32Product& p, cudaStream_t stream) {
   using Tile = ProductTile<kAAlongDepth, kBAlongDepth>;
-  constexpr auto kKernel = float32_product_kernel<kAAlongDepth, kBAlongDepth>;
+  constexpr auto kKernel = float32_product_kernel<kAAlongDepth, kBAlongDepth, kResult, kByFfma>;
   const int64_t row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
   const int64_t col_tiles = (p.cols + Tile::kCols - 1) / Tile::kCols;
   if (row_tiles * col_tiles * p.batches > INT32_MAX) return cudaErrorInvalidValue;
@@ -245,6 +337,51 @@ cudaError_t launch(const Float32Product& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Shallower ones are summed up by FFMA: what a tensor core cuts off shows where a result is a sum of few.
+constexpr int64_t kShallowestByMma = 64;
+
+bool is_along_depth(const Float32Product& p) {
+  return p.a.col_stride == 1 && p.b.row_stride == 1 && p.b.col_stride != 1;
+}
+
+template <ProductResult kResult>
+cudaError_t launch_along_depth(const Float32Product& p, cudaStream_t stream) {
+  return p.depth < kShallowestByMma ? launch<true, true, kResult, true>(p, stream)
+                                    : launch<true, true, kResult>(p, stream);
+}
+
+constexpr int kDividingWarps = 8;  // of a block, a row each: neighbours in exp_sums share what is read
+
+__global__ void __launch_bounds__(kDividingWarps * 32) divide_rows_kernel(const __grid_constant__ DividedRows p) {
+  const int64_t line = int64_t{blockIdx.x} * kDividingWarps + threadIdx.x / 32;
+  if (line >= p.batches * p.heads * p.rows) return;
+  const int lane = threadIdx.x % 32;
+  const auto summed = [](float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
+  };
+  const float* const sums = p.exp_sums + line / p.sum_rows * p.sum_cols * p.sum_rows + line % p.sum_rows;
+  float sum = 0.f;
+  for (int64_t group = lane; group < p.sum_cols; group += 32) sum += sums[group * p.sum_rows];
+  sum = summed(sum);
+  const float factor = sum == 0.f ? 0.f : 1.f / sum;  // 0: nothing to attend to
+
+  const int64_t batch = line / p.rows / p.heads, head = line / p.rows % p.heads, row = line % p.rows;
+  const auto row_of = [&](const Operand& x) {
+    return static_cast<const float*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
+  };
+  const float *const grad = row_of(p.grad_output), *const output = row_of(p.output);
+  float delta = 0.f;
+  for (int64_t col = lane; col < p.cols; col += 32) {
+    const float quotient = grad[col * p.grad_output.stride[3]] * factor;
+    p.quotients[line * p.cols + col] = quotient;
+    delta = fmaf(quotient, output[col * p.output.stride[3]], delta);
+  }
+  delta = summed(delta);
+  if (lane == 0) p.delta[line] = delta;
+}
+
 // Whether the current device's tensor cores multiply TF32 more than three times as fast as it does FFMA, which those
 // of chips for consumers do not, and the kernels were compiled for it.
 cudaError_t find_tensor_cores(int device, bool& are_fast) {
@@ -252,7 +389,7 @@ cudaError_t find_tensor_cores(int device, bool& are_fast) {
   if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
   if (const auto error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return error;
   cudaFuncAttributes of{};
-  if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true, ProductResult::kSum, false>) != cudaSuccess) {
     cudaGetLastError();  // it was a question
   }
   are_fast = ((major == 8 && minor == 0) || major == 9 || major == 10) && of.ptxVersion >= 80;
@@ -262,7 +399,7 @@ cudaError_t find_tensor_cores(int device, bool& are_fast) {
 }  // namespace
 
 bool takes_float32_product(const Float32Product& p) {
-  constexpr int64_t kShallowest = 64, kFewestRows = 64, kFewestCols = 32;
+  constexpr int64_t kFewestRows = 64, kFewestCols = 32, kShallowest = 16;
   // Of four numbers, along the rows or the columns: -1 if neither.
   const auto stride_of_lines = [](const Float32Product::Matrix& m) {
     return m.col_stride == 1 ? m.row_stride : m.row_stride == 1 ? m.col_stride : -1;
@@ -274,17 +411,28 @@ bool takes_float32_product(const Float32Product& p) {
     return is_aligned(m.data, m.batch_stride | stride_of_lines(m), 4);
   };
   const bool out_in_pairs = is_aligned(p.out, p.out_batch_stride | p.out_row_stride, 2);
-  const bool is_known_order = p.a.col_stride == 1 || p.b.col_stride == 1;
-  return is_known_order && in_quads(p.a) && in_quads(p.b) && out_in_pairs && p.depth >= kShallowest &&
-         p.rows >= kFewestRows && p.cols >= kFewestCols && std::max({p.depth, p.rows, p.cols}) <= INT32_MAX - 128 &&
-         asked_once<find_tensor_cores>();
+  const bool along_depth = is_along_depth(p);
+  const bool is_known_order =
+      along_depth || (p.result == ProductResult::kSum && (p.a.col_stride == 1 || p.b.col_stride == 1));
+  return is_known_order && in_quads(p.a) && in_quads(p.b) && out_in_pairs &&
+         p.depth >= (along_depth ? kShallowest : kShallowestByMma) && p.rows >= kFewestRows && p.cols >= kFewestCols &&
+         std::max({p.depth, p.rows, p.cols}) <= INT32_MAX - 128 && asked_once<find_tensor_cores>();
 }
 
 cudaError_t float32_product(const Float32Product& p, cudaStream_t stream) {
   if (p.batches == 0 || p.rows == 0 || p.cols == 0) return cudaSuccess;
-  const bool a_along_depth = p.a.col_stride == 1, b_along_depth = p.b.row_stride == 1 && p.b.col_stride != 1;
-  if (!a_along_depth) return launch<false, false>(p, stream);
-  return b_along_depth ? launch<true, true>(p, stream) : launch<true, false>(p, stream);
+  if (p.result == ProductResult::kExponentials) return launch_along_depth<ProductResult::kExponentials>(p, stream);
+  if (p.result == ProductResult::kGradients) return launch_along_depth<ProductResult::kGradients>(p, stream);
+  if (is_along_depth(p)) return launch_along_depth<ProductResult::kSum>(p, stream);
+  return p.a.col_stride == 1 ? launch<true, false>(p, stream) : launch<false, false>(p, stream);
+}
+
+cudaError_t divide_rows(const DividedRows& p, cudaStream_t stream) {
+  const int64_t blocks = (p.batches * p.heads * p.rows + kDividingWarps - 1) / kDividingWarps;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  divide_rows_kernel<<<static_cast<unsigned>(blocks), kDividingWarps * 32, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace sdpa
