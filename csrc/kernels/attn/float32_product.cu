@@ -87,6 +87,11 @@ struct ProductTile {
   static constexpr int kStageBytes = A::kBytes + B::kBytes, kSharedBytes = 3 * kStageBytes;
 };
 
+// How the products of a result are summed up. By mma the smaller ones have a chain of sums of their own, or go with the
+// larger: fewer registers and additions, and as long as results are sums of many the error stays below FFMA's. What a
+// tensor core cuts off shows where they are sums of few.
+enum class SumBy { kFfma, kTwoChains, kOneChain };
+
 // Rounded to TF32 and what that leaves, which is exact.
 struct Split {
   float first[4], rest[4];
@@ -136,10 +141,11 @@ __device__ __forceinline__ void multiply_by_ffma(float (&sums)[2][4][4], uint32_
   }
 }
 
-template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult, bool kByFfma>
+template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult, SumBy kSumBy>
 __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThreads, kIsBeforeSm90 ? 2 : 3)
     float32_product_kernel(const __grid_constant__ Float32Product p, const unsigned row_tiles,
                            const unsigned col_tiles) {
+  constexpr bool kByFfma = kSumBy == SumBy::kFfma, kOneChain = kSumBy == SumBy::kOneChain;
   using Tile = ProductTile<kAAlongDepth, kBAlongDepth>;
   using A = typename Tile::A;
   using B = typename Tile::B;
@@ -200,6 +206,7 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
 #pragma unroll
       for (int sixteen = 0; sixteen < kDepth; sixteen += 16) {
         float firsts[2][4][4] = {};
+        float (&others)[2][4][4] = kOneChain ? firsts : rests;
 #pragma unroll
         for (int eight = sixteen; eight < sixteen + 16; eight += 8) {
           float x[4];
@@ -214,16 +221,16 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float b0 = right.first[2 * i], b1 = right.first[2 * i + 1];
-              Product::add(rests[0][n + i], upper.rest, b0, b1);
-              Product::add(rests[1][n + i], lower.rest, b0, b1);
+              Product::add(others[0][n + i], upper.rest, b0, b1);
+              Product::add(others[1][n + i], lower.rest, b0, b1);
               Product::add(firsts[0][n + i], upper.first, b0, b1);
               Product::add(firsts[1][n + i], lower.first, b0, b1);
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float b0 = right.rest[2 * i], b1 = right.rest[2 * i + 1];
-              Product::add(rests[0][n + i], upper.first, b0, b1);
-              Product::add(rests[1][n + i], lower.first, b0, b1);
+              Product::add(others[0][n + i], upper.first, b0, b1);
+              Product::add(others[1][n + i], lower.first, b0, b1);
             }
           }
         }
@@ -277,7 +284,7 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
       bool is_known[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        x[c] = sums[i / 2][n][i % 2 * 2 + c] + (kByFfma ? 0.f : rests[i / 2][n][i % 2 * 2 + c]);
+        x[c] = sums[i / 2][n][i % 2 * 2 + c] + (kByFfma || kOneChain ? 0.f : rests[i / 2][n][i % 2 * 2 + c]);
         is_known[c] = kByFfma || isfinite(x[c]);
         if (!is_known[c]) unknown |= 1u << ((i * 4 + n) * 2 + c);
       }
@@ -324,10 +331,10 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
   }
 }
 
-template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult = ProductResult::kSum, bool kByFfma = false>
+template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult, SumBy kSumBy>
 cudaError_t launch(const Float32Product& p, cudaStream_t stream) {
   using Tile = ProductTile<kAAlongDepth, kBAlongDepth>;
-  constexpr auto kKernel = float32_product_kernel<kAAlongDepth, kBAlongDepth, kResult, kByFfma>;
+  constexpr auto kKernel = float32_product_kernel<kAAlongDepth, kBAlongDepth, kResult, kSumBy>;
   const int64_t row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
   const int64_t col_tiles = (p.cols + Tile::kCols - 1) / Tile::kCols;
   if (row_tiles * col_tiles * p.batches > INT32_MAX) return cudaErrorInvalidValue;
@@ -337,17 +344,22 @@ cudaError_t launch(const Float32Product& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Shallower ones are summed up by FFMA: what a tensor core cuts off shows where a result is a sum of few.
-constexpr int64_t kShallowestByMma = 64;
+// From this depth on by tensor cores, and from that one on in one chain.
+constexpr int64_t kShallowestByMma = 64, kShallowestInOneChain = 128;
 
 bool is_along_depth(const Float32Product& p) {
   return p.a.col_stride == 1 && p.b.row_stride == 1 && p.b.col_stride != 1;
 }
 
-template <ProductResult kResult>
-cudaError_t launch_along_depth(const Float32Product& p, cudaStream_t stream) {
-  return p.depth < kShallowestByMma ? launch<true, true, kResult, true>(p, stream)
-                                    : launch<true, true, kResult>(p, stream);
+template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult = ProductResult::kSum>
+cudaError_t launch_by_depth(const Float32Product& p, cudaStream_t stream) {
+  if (p.depth >= kShallowestInOneChain) {
+    return launch<kAAlongDepth, kBAlongDepth, kResult, SumBy::kOneChain>(p, stream);
+  }
+  if constexpr (kAAlongDepth && kBAlongDepth) {
+    if (p.depth < kShallowestByMma) return launch<true, true, kResult, SumBy::kFfma>(p, stream);
+  }
+  return launch<kAAlongDepth, kBAlongDepth, kResult, SumBy::kTwoChains>(p, stream);
 }
 
 constexpr int kDividingWarps = 8;  // of a block, a row each: neighbours in exp_sums share what is read
@@ -389,7 +401,8 @@ cudaError_t find_tensor_cores(int device, bool& are_fast) {
   if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
   if (const auto error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) return error;
   cudaFuncAttributes of{};
-  if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true, ProductResult::kSum, false>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&of, float32_product_kernel<true, true, ProductResult::kSum, SumBy::kOneChain>) !=
+      cudaSuccess) {
     cudaGetLastError();  // it was a question
   }
   are_fast = ((major == 8 && minor == 0) || major == 9 || major == 10) && of.ptxVersion >= 80;
@@ -421,10 +434,12 @@ bool takes_float32_product(const Float32Product& p) {
 
 cudaError_t float32_product(const Float32Product& p, cudaStream_t stream) {
   if (p.batches == 0 || p.rows == 0 || p.cols == 0) return cudaSuccess;
-  if (p.result == ProductResult::kExponentials) return launch_along_depth<ProductResult::kExponentials>(p, stream);
-  if (p.result == ProductResult::kGradients) return launch_along_depth<ProductResult::kGradients>(p, stream);
-  if (is_along_depth(p)) return launch_along_depth<ProductResult::kSum>(p, stream);
-  return p.a.col_stride == 1 ? launch<true, false>(p, stream) : launch<false, false>(p, stream);
+  if (p.result == ProductResult::kExponentials) {
+    return launch_by_depth<true, true, ProductResult::kExponentials>(p, stream);
+  }
+  if (p.result == ProductResult::kGradients) return launch_by_depth<true, true, ProductResult::kGradients>(p, stream);
+  if (is_along_depth(p)) return launch_by_depth<true, true>(p, stream);
+  return p.a.col_stride == 1 ? launch_by_depth<true, false>(p, stream) : launch_by_depth<false, false>(p, stream);
 }
 
 cudaError_t divide_rows(const DividedRows& p, cudaStream_t stream) {
