@@ -2,7 +2,8 @@
 //   delta     rowsum(dO * O) for each query row, and zeros for the sums of dQ (flash_bwd_rows.cuh);
 //   main      one block for each key tile of a key head, a loop over the query tiles of the query heads that share it:
 //             dK and dV stay in registers, dQ is added up in float32 in global memory. For narrow heads a warp has its
-//             keys to itself (flash_bwd_narrow.cuh), for wide heads several share them (flash_bwd_wide.cuh);
+//             keys to itself (flash_bwd_narrow.cuh), for wide heads several share them (flash_bwd_wide.cuh, and
+//             flash_bwd_split.cuh over 128 columns);
 //   convert   dQ to its own type, strides and scale (flash_bwd_rows.cuh).
 // Where there are enough heads and few key tiles, a block of the main kernel walks over all key tiles of a head instead
 // (walk_pays): nobody else adds to its sums of dQ, so they need no zeros, stay in L2, and leave with the last key tile.
@@ -24,11 +25,12 @@
 #include "flash_bwd_narrow.cuh"
 #include "flash_bwd_ordered.cuh"
 #include "flash_bwd_rows.cuh"
+#include "flash_bwd_split.cuh"
 #include "flash_bwd_wide.cuh"
 
 namespace sdpa {
 
-// Flash is NarrowBackward or WideBackward, kKernel its kernel.
+// Flash is NarrowBackward, WideBackward or SplitBackward, kKernel its kernel.
 template <class Flash, auto kKernel, class T, class... Maps>
 cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream, const Maps&... maps) {
   const int64_t key_tiles = Flash::kWalks ? 1 : (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
@@ -154,6 +156,12 @@ cudaError_t launch_wide(const BackwardParams& p, bool walks, cudaStream_t stream
                                                                                               typename Flash::Maps{});
 }
 
+template <class Arch, class T, int kHeadDim, class Tile>
+cudaError_t launch_split(const BackwardParams& p, cudaStream_t stream) {
+  return launch_main_backward<SplitBackward<Arch, T, kHeadDim, Tile>, split_backward_kernel<Arch, T, kHeadDim, Tile>,
+                              T>(p, stream);
+}
+
 // The tile for the shared memory that a block may have: 99 KB on sm86 and sm89, 163 KB on sm80, 227 KB on sm90.
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stream) {
@@ -174,21 +182,31 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
       if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large, Large>(p, walks, stream);
       return narrow_backward<Arch, T, kHeadDim, kEdit>(p, walks, stream);
     } else {
+      constexpr int kLarge = 163 * 1024, kHuge = 227 * 1024;
       using Small = WideTile<256, 4, 1, 2, 32, 2, 1, 99 * 1024>;
-      using Large = WideTile<256, 8, 2, 4, 64, 1, 1, 163 * 1024>;
-      // 128 queries read less from shared memory for a product, but leave no registers for a mask.
-      using Large192 = std::conditional_t<kEdit == ScoreEdit::kNone, WideTile<192, 8, 2, 4, 128, 1, 1, 163 * 1024>,
-                                          WideTile<192, 8, 2, 4, 64, 2, 2, 163 * 1024>>;
-      using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, 227 * 1024>,
-                                      WideTile<256, 8, 2, 4, 128, 1, 1, 227 * 1024>>;
-      using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, 227 * 1024>;
-      using Boxed192 = WideTile<192, 8, 2, 4, 128, 1, 2, 227 * 1024>;
-      const bool is_huge = p.shared_bytes >= Huge::kMaxSharedBytes, is_large = p.shared_bytes >= Large::kMaxSharedBytes;
+      const bool is_huge = p.shared_bytes >= kHuge, is_large = p.shared_bytes >= kLarge;
       const bool fits_192 = std::max(p.E, p.Ev) <= 192;
-      if (is_huge && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192, Boxed192>(p, walks, stream);
-      if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, walks, stream);
-      if (is_large && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Large192>(p, walks, stream);
-      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
+      // 128 queries read less from shared memory for a product, but leave no registers for a mask.
+      if constexpr (kEdit == ScoreEdit::kNone) {
+        if (is_huge && fits_192) {
+          return launch_split<Arch, T, kHeadDim, WideTile<192, 8, 2, 2, 128, 1, 2, kHuge>>(p, stream);
+        }
+        if (is_huge) return launch_split<Arch, T, kHeadDim, WideTile<256, 8, 2, 2, 128, 1, 1, kHuge>>(p, stream);
+        if (is_large && fits_192) {
+          return launch_split<Arch, T, kHeadDim, WideTile<192, 8, 2, 2, 128, 1, 1, kLarge>>(p, stream);
+        }
+        if (is_large) return launch_split<Arch, T, kHeadDim, WideTile<256, 8, 2, 2, 64, 1, 1, kLarge>>(p, stream);
+      } else {
+        using Huge = std::conditional_t<has_mask(kEdit), WideTile<256, 8, 2, 4, 64, 2, 2, kHuge>,
+                                        WideTile<256, 8, 2, 4, 128, 1, 1, kHuge>>;
+        using Huge192 = WideTile<192, 8, 2, 4, 128, 1, 1, kHuge>;
+        using Large192 = WideTile<192, 8, 2, 4, 64, 2, 2, kLarge>;
+        using Large = WideTile<256, 8, 2, 4, 64, 1, 1, kLarge>;
+        if (is_huge && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Huge192>(p, walks, stream);
+        if (is_huge) return launch_wide<Arch, T, kHeadDim, kEdit, Huge>(p, walks, stream);
+        if (is_large && fits_192) return launch_wide<Arch, T, kHeadDim, kEdit, Large192>(p, walks, stream);
+        if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
+      }
       return launch_wide<Arch, T, kHeadDim, kEdit, Small>(p, walks, stream);
     }
   }

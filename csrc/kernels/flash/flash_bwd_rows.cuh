@@ -36,13 +36,15 @@ constexpr bool has_mask(ScoreEdit edit) {
 // SharedTile::fill, but shorter for a source whose rows are whole chunks, as nearly all are: the loop has to do it for
 // every tile. kIsPlain: it is such a source.
 template <class Arch, int kThreads, bool kIsPlain = false, class Tile, class U>
-__device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0) {
+__device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& source, int row0,
+                                           unsigned thread = threadIdx.x) {
   // Chunks of a row that neighbouring threads copy at once.
-  constexpr int kPanel = Tile::kChunksPerRow & -Tile::kChunksPerRow, kRowStep = kThreads / kPanel;
+  constexpr int kEven = Tile::kChunksPerRow & -Tile::kChunksPerRow, kMost = kThreads / 8;
+  constexpr int kPanel = Arch::kAsyncCopy && kMost < kEven ? kMost : kEven, kRowStep = kThreads / kPanel;
   if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0) {
     if (kIsPlain || (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0)) {
       // In a padded tile, of eight rows those that are in different banks stand side by side.
-      const int number = threadIdx.x / kPanel, chunk = threadIdx.x % kPanel;
+      const int number = thread / kPanel, chunk = thread % kPanel;
       const int first = kPanel == 4 && Tile::kIsPadded ? (number & ~7) | (number & 7) >> 1 | (number & 1) << 2 : number;
       const uint32_t to = tile.base + Tile::offset(first, chunk);
       const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
@@ -59,7 +61,7 @@ __device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& 
     }
   }
   static_assert(!kIsPlain || (Arch::kAsyncCopy && kRowStep % 8 == 0));
-  tile.template fill<kThreads, InOrder, !Arch::kAsyncCopy>(source, row0);
+  tile.template fill<kThreads, InOrder, !Arch::kAsyncCopy>(source, row0, thread);
   fence_block();  // what went through registers comes before an arrival
 }
 
@@ -228,6 +230,48 @@ struct GradQuerySums {
     }
   }
 };
+
+// A warp's share of dS K, of kRows blocks of 16 queries from `row_block` on and kColBlocks blocks of 16 columns from
+// `col_block` on, from dS^T and K of kKeyBlocks blocks of 16 keys.
+template <class Product, int kKeyBlocks, int kRows, int kTiles, class ScoreTile, class KeyTile>
+__device__ __forceinline__ void add_query_gradient(float (&sum)[kRows][kTiles][4], const ScoreTile& scores,
+                                                   const LaneOffset& score_lane, int row_block, const KeyTile& keys,
+                                                   const LaneOffset& key_lane, int col_block) {
+#pragma unroll
+  for (int k = 0; k < kKeyBlocks; ++k) {
+    uint32_t a[kRows][4];
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) scores.load_a_transposed(a[m], score_lane, k, row_block + m);
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      uint32_t b[4];
+      keys.load_b(b, key_lane, k, col_block + n);
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        Product::add(sum[m][2 * n], a[m], b[0], b[1]);
+        Product::add(sum[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// A warp's accumulators of dK or dV, multiplied by `factor`, to their place in a tile.
+template <class T, int kKeyBlocks, int kTiles, class Tile>
+__device__ __forceinline__ void put_gradient(const float (&sum)[kKeyBlocks][kTiles][4], float factor, const Tile& tile,
+                                             int row_block, int col_block) {
+#pragma unroll
+  for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      float x[2][4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = sum[m][2 * n + i / 4][i % 4] * factor;
+      uint32_t a[4];
+      to_operand<T>(a, x[0], x[1]);
+      tile.put_a(a, row_block + m, col_block + n);
+    }
+  }
+}
 
 // A warp's accumulators of dQ, all summed up, to their place: rows from row0, columns from 8 * tile. Of whole chunks.
 template <class T, int kRows, int kTiles>

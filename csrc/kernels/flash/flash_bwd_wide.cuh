@@ -81,11 +81,7 @@ struct WideBackward {
       kScoreOffset + 4 * kKeyTile * (kQueryTile + kChunkElements) + kQueryTile * 12 + 64 <= Tile::kMaxSharedBytes;
   using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch, false, kPadsScores>;  // P^T, dS^T
   static constexpr int kRowBytes = (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
-  // dS^T takes the place of P^T where there is none for both.
-  static constexpr bool kOneScoreTile = kEdit == ScoreEdit::kNone && Arch::kAsyncCopy &&
-                                        kScoreOffset + 2 * ScoreTile::kBytes + kRowBytes > Tile::kMaxSharedBytes;
-  static constexpr int kScoreBytes = (kOneScoreTile ? 1 : 2) * ScoreTile::kBytes;
-  static constexpr int kScoreEnd = kScoreOffset + kScoreBytes;
+  static constexpr int kScoreEnd = kScoreOffset + 2 * ScoreTile::kBytes;
   static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
   static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
@@ -130,8 +126,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
   const auto grad_tile = [&](int stage) { return query_tile(Tile::kStages + stage); };
   const typename Flash::ScoreTile probability_tile{base + Flash::kScoreOffset};
-  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset + Flash::kScoreBytes -
-                                             Flash::ScoreTile::kBytes};
+  const typename Flash::ScoreTile score_tile{base + Flash::kScoreOffset + Flash::ScoreTile::kBytes};
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
   float* const shared_delta = shared_lse + kQueryTile;
   float* const shared_rest = shared_delta + kQueryTile;
@@ -198,8 +193,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue ||
-                  (Flash::kOneScoreTile && kIsBeforeSm90))
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue)
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   // By copy_box one thread fetches everything; `to_fill` counts what lands.
@@ -295,7 +289,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
   if (exists(here)) publish_row(read_row(here));
   // dQ = dS K
-  const auto add_query_gradient = [&](const Place& x) {
+  const auto take_query_gradient = [&](const Place& x) {
     if (p.grad_query.data == nullptr) return;
     constexpr int kBlocks = Flash::kGradQueryBlocks, kRows = Flash::kGradRows;
     const int query_group = warp / Flash::kColGroups, col_group = warp % Flash::kColGroups;
@@ -310,24 +304,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if (Tile::kWalks && is_last && !is_first) {
         sums.template take_rows<GradQuerySums::Step::kGet, true>(grad_query, row0, first_block * 2);
       }
-#pragma unroll
-      for (int k = 0; k < kKeyTile / 16; ++k) {
-        uint32_t a[kRows][4];
-#pragma unroll
-        for (int m = 0; m < kRows; ++m) {
-          score_tile.load_a_transposed(a[m], score_lane_offset, k, query_group * kRows + m);
-        }
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-          uint32_t b[4];
-          key_tile.load_b(b, lane_offset, k, first_block + n);
-#pragma unroll
-          for (int m = 0; m < kRows; ++m) {
-            Product::add(grad_query[m][2 * n], a[m], b[0], b[1]);
-            Product::add(grad_query[m][2 * n + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
+      add_query_gradient<Product, kKeyTile / 16>(grad_query, score_tile, score_lane_offset, query_group * kRows,
+                                                 key_tile, lane_offset, first_block);
       if (Tile::kWalks && is_last) {
         const HeadRows<T> target(p.grad_query, batch, x.head, p.L, p.E);
         write_query_gradient(grad_query, target, row0, first_block * 2, p.scale);
@@ -339,22 +317,6 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     }
   };
 
-  // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
-  const auto put = [&](const float (&sum)[kKeyBlocks][2 * kShareBlocks][4], const typename Flash::KeyTile& tile,
-                       float factor) {
-#pragma unroll
-    for (int m = 0; m < kKeyBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kShareBlocks; ++n) {
-        float x[2][4];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = sum[m][2 * n + i / 4][i % 4] * factor;
-        uint32_t a[4];
-        to_operand<T>(a, x[0], x[1]);
-        tile.put_a(a, warp_block + m, share * kShareBlocks + n);
-      }
-    }
-  };
   const auto write = [&](const typename Flash::KeyTile& tile, const Operand& operand, int64_t cols, int first_key) {
     if (operand.data == nullptr) return;
     const HeadRows<T> target(operand, batch, key_head, p.S, cols);
@@ -514,14 +476,14 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
             scores[n][m][i / 4][i % 4] *= grad_scores[n][m][i / 4][i % 4] - (i % 2 == 0 ? row.x : row.y);
           }
           to_operand<T>(b, left, right);
-          if constexpr (!Flash::kOneScoreTile) score_tile.put_a(b, warp_block + m, query_block);
+          score_tile.put_a(b, warp_block + m, query_block);
         }
         if (mask_from_registers) {
           MaskGradientRuns<kKeyBlocks>::add(scores[n], 0, p, batch, here.head, q0 + first_row,
                                             k0 + KeyOrder::key(warp_block * 16 + lane / 4));
         }
       }
-      if constexpr (!Flash::kOneScoreTile) complete.arrive_warp();
+      complete.arrive_warp();
       start_anew();
       const Place next = after(here);
       if (exists(next)) {
@@ -547,10 +509,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         }
       };
       constexpr int kAll = kQueryTile / 16, kFirst = kKeepsShare ? kBlocks : 0;
-      // Where dO has one place, the next fills it as soon as all warps are through with this one. (With 128 queries in
-      // 227 KB that takes 2 % longer.)
-      constexpr bool kFetchesEarly =
-          Tile::kGradStages == 1 && kEdit == ScoreEdit::kNone && (kQueryTile < 128 || Flash::kOneScoreTile);
+      // Where dO has one place, the next fills it as soon as all warps are through with this one.
+      constexpr bool kFetchesEarly = Tile::kGradStages == 1 && kEdit == ScoreEdit::kNone;
       const auto multiply_others = [&](float (&sum)[kKeyBlocks][2 * kShareBlocks][4],
                                        const typename Flash::ScoreTile& tile, const typename Flash::QueryTile& rows,
                                        int begin, int end) {
@@ -567,25 +527,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) multiply(grad_value, own_probabilities[n], grad, first_block + n);
 #pragma unroll
-        for (int n = 0; n < kBlocks && !Flash::kOneScoreTile; ++n) {
-          multiply(grad_key, own_scores[n], query, first_block + n);
-        }
+        for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
       }
       sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
       multiply_others(grad_value, probability_tile, grad, kFirst, kAll);
       if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
-      if constexpr (Flash::kOneScoreTile) {
-        sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // P^T of these keys has been read
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int m = 0; m < kKeyBlocks; ++m) score_tile.put_a(own_scores[n][m], warp_block + m, first_block + n);
-        }
-        complete.arrive_warp();
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
-        sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);
-      }
       multiply_others(grad_key, score_tile, query, kFirst, kFetchesEarly ? kFirst + 1 : kAll);
       if constexpr (kFetchesEarly) {
         if (const Place next = after(here); exists(next)) {
@@ -614,7 +560,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         }
         if constexpr (!Flash::kIsBoxed) full.arrive_with_copies();
       }
-      add_query_gradient(here);
+      take_query_gradient(here);
       done.arrive_warp();
     }
 
@@ -637,8 +583,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
     }
     const typename Flash::KeyTile grad_value_tile{base + (kRight > 0 ? Flash::kQueryOffset : Flash::KeyTile::kBytes)};
-    put(grad_key, key_tile, p.scale);
-    put(grad_value, grad_value_tile, kHasMask ? dropout.rescale : 1.f);
+    // dK and dV leave through the key and value tiles, where each warp has its keys and columns.
+    put_gradient<T>(grad_key, p.scale, key_tile, warp_block, share * kShareBlocks);
+    put_gradient<T>(grad_value, kHasMask ? dropout.rescale : 1.f, grad_value_tile, warp_block, share * kShareBlocks);
     __syncthreads();
     write(key_tile, p.grad_key, p.E, first_key);
     write(grad_value_tile, p.grad_value, p.Ev, first_key);

@@ -156,7 +156,7 @@ struct SharedTile {
   // bits; what lies outside the operand becomes zero. Complete after wait_for_copies and a barrier. kRecompute keeps
   // what is computed from the thread's number out of registers between two calls.
   template <int kThreads, class Order = InOrder, bool kRecompute = !std::is_same_v<Order, InOrder>, class U>
-  __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0) const {
+  __device__ __forceinline__ void fill(const HeadRows<U>& source, int row0, unsigned thread = threadIdx.x) const {
     // A pass takes kRowStep rows of a panel of columns: a thread keeps its place in the panel and its swizzle.
     constexpr int kLongest = kThreads / 8 < kChunksPerRow ? kThreads / 8 : kChunksPerRow;
     constexpr int kEven = kChunksPerRow & -kChunksPerRow;
@@ -165,7 +165,6 @@ struct SharedTile {
     constexpr int kRowStep = kThreads / kPanel;
     static_assert(kChunksPerRow % kPanel == 0 && kRowStep % 8 == 0 && kRows % kRowStep == 0);
     using Access = typename HeadRows<U>::Access;
-    unsigned thread = threadIdx.x;
     if constexpr (kRecompute) asm volatile("" : "+r"(thread));
     const int first = thread / kPanel, first_key = Order::key(first), rows = source.rows - row0;
 #pragma unroll
