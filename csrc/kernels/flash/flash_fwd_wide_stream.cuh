@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
     // Keys from here on are seen by no query of the block.
     const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
+    __builtin_assume(key_end > 0);  // or the output is set to zero twice
 
     OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
     float output[kRowBlocks][2 * kBlocks][4] = {};
