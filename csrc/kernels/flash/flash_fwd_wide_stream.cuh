@@ -42,7 +42,10 @@ struct FlashForwardWideStream {
   static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + kStages * KeyTile::kBytes;
   static constexpr int kProbabilityOffset = kValueOffset + kStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kProbabilityOffset + ProbabilityTile::kBytes;
-  static constexpr int kBarrierOffset = kPlaceOffset + 3 * WorkPlace::kBytes;
+  // So many works are looked up at once, which takes a warp no longer than one (170 instructions, four divisions one
+  // after the other). Twice that: warps may still be at the work before.
+  static constexpr int kKnownWorks = 32, kPlaces = 2 * kKnownWorks;
+  static constexpr int kBarrierOffset = kPlaceOffset + kPlaces * WorkPlace::kBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (8 + kTeams) * Barrier::kBytes;
 };
 
@@ -83,11 +86,19 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
   // This warp's blocks of columns are side, side + 2, ...: the lane's offset takes the first step.
   const LaneOffset value_offset{lane_offset.rows_first ^ side * 2 * kChunkBytes, 0};
 
-  // A warp may still be at the end of the work before the last that is known.
-  const auto find_work = [&](int slot, unsigned number) {
+  const unsigned works = static_cast<unsigned>(order.tiles * order.heads);
+  // Work in rounds of the grid, to and fro, since what comes first is the longest if causal.
+  const auto work = [&](unsigned round) {
+    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  };
+  // Of the rounds from this one on, one a lane.
+  const auto find_works = [&](unsigned round) {
+    round += lane;
+    if (work(round) >= works) return;
     int tile, batch_head;
-    order.find(number, tile, batch_head);
-    place(slot).put(p, batch_head, static_cast<int>(order.tiles - 1 - tile) * Flash::kQueryTile);  // the longest first
+    order.find(work(round), tile, batch_head);
+    place(round % Flash::kPlaces)
+        .put(p, batch_head, static_cast<int>(order.tiles - 1 - tile) * Flash::kQueryTile);  // the longest first
   };
   // Tile number `count` of those that the block sees: stages take turns, and their barriers' phases.
   const auto stream_keys = [&](int slot, int k0, int count, bool run) {
@@ -109,28 +120,23 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
                              static_cast<int>(p.L), static_cast<int>(p.E));
     query_here.arrive_with_copies();
   };
-  const unsigned works = static_cast<unsigned>(order.tiles * order.heads);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 4; ++i) barrier(i).init(kThreads);
     for (int i = 4; i < 8; ++i) barrier(i).init(Flash::kWarps * kWarpArrivals);
     for (int i = 0; i < Flash::kTeams; ++i) barrier(8 + i).init(64);
-    find_work(0, blockIdx.x);
   }
+  if (warp == 0) find_works(0);
   __syncthreads();
   stream_query(0);
   stream_keys(0, 0, 0, true);
   if constexpr (kStages == 2) stream_values(0, 0, 0, true);
 
-  // Work in rounds of the grid, to and fro, since what comes first is the longest if causal.
-  const auto work = [&](unsigned round) {
-    return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-  };
   int count = 0;
   for (unsigned round = 0, slot = 0; work(round) < works; ++round) {
-    const unsigned turn = round % 2, after = slot == 2 ? 0 : slot + 1;
+    const unsigned turn = round % 2, after = slot == Flash::kPlaces - 1 ? 0 : slot + 1;
     const bool is_last_work = work(round + 1) >= works;
-    if (threadIdx.x == 0 && !is_last_work) find_work(after, work(round + 1));
+    if (warp == 0 && (round + 1) % Flash::kKnownWorks == 0) find_works(round + 1);
     const int q0 = place(slot).first_row(), team_row = q0 + team_block * 16;
     const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
     // Keys from here on are seen by no query of the block.
