@@ -41,7 +41,11 @@ struct FlashForwardWideStream {
 
   static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + kStages * KeyTile::kBytes;
   static constexpr int kProbabilityOffset = kValueOffset + kStages * KeyTile::kBytes;
-  static constexpr int kPlaceOffset = kProbabilityOffset + ProbabilityTile::kBytes;
+  // Where the warps of a team tell each other their maxima and sums: not in P's place, or they would wait for each
+  // other more often.
+  static constexpr int kExchangeOffset = kProbabilityOffset + ProbabilityTile::kBytes;
+  static constexpr int kExchangeBytes = 2 * kRowBlocks * kSides * 32 * static_cast<int>(sizeof(float));  // of a team
+  static constexpr int kPlaceOffset = kExchangeOffset + kTeams * kExchangeBytes;
   // So many works are looked up at once, which takes a warp no longer than one (170 instructions, four divisions one
   // after the other). Twice that: warps may still be at the work before.
   static constexpr int kKnownWorks = 32, kPlaces = 2 * kKnownWorks;
@@ -81,6 +85,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
   const int side = warp % kSides, team = warp / kSides;  // side: which half of the keys and columns
   const int team_block = team * kRowBlocks;              // of 16 rows, in the query tile
   const auto query_here = barrier(8 + team);
+  float* const exchange = reinterpret_cast<float*>(shared + Flash::kExchangeOffset + team * Flash::kExchangeBytes);
   const auto lane_offset = Flash::KeyTile::lane_offset();
   const auto probability_offset = Flash::ProbabilityTile::lane_offset();
   // This warp's blocks of columns are side, side + 2, ...: the lane's offset takes the first step.
@@ -216,8 +221,6 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
       }
 
       // Both warps of a team must have the same references.
-      constexpr int kTeamBytes = kTeamRows * Flash::ProbabilityTile::kRowBytes;
-      float* const exchange = reinterpret_cast<float*>(shared + Flash::kProbabilityOffset + team * kTeamBytes);
       if (sync_threads_or<64>(1 + team, softmax.has_outgrown(scores))) {
         float highest[kRowBlocks][2];
         softmax.find_highest(highest, scores);
@@ -231,7 +234,6 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
           float& x = highest[i / 2][i % 2];
           x = fmaxf(x, exchange[(side ^ 1) * 32 + i * 8 + lane / 4]);
         }
-        sync_threads<64>(1 + team);
         if (__any_sync(0xffffffffu, softmax.exceeds(highest))) softmax.raise(highest, output, k0 == 0);
       }
       if (is_last && has_next) stream_query(after);  // both are done with this one
@@ -286,12 +288,9 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     }
 
     // The sums of all keys. Lanes of both warps of a team hold the same rows.
-    constexpr int kTeamBytes = kTeamRows * Flash::ProbabilityTile::kRowBytes;
-    float* const exchange = reinterpret_cast<float*>(shared + Flash::kProbabilityOffset + team * kTeamBytes);
-    sync_threads<64>(1 + team);
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) exchange[(i * 2 + side) * 32 + lane] = softmax.sum[i / 2][i % 2];
-    sync_threads<64>(1 + team);
+    sync_threads<64>(1 + team);  // and both are done with P
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {  // in the same order in both
       softmax.sum[i / 2][i % 2] = exchange[i * 2 * 32 + lane] + exchange[(i * 2 + 1) * 32 + lane];
@@ -310,7 +309,6 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
                                             static_cast<int>(p.output.stride[2] * 2), team_row + m * 16,
                                             static_cast<int>(p.L), static_cast<int>(p.Ev), side);
     };
-    sync_threads<64>(1 + team);
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
