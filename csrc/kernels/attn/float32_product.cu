@@ -2,7 +2,7 @@
 // three larger are taken. Tiles of a and b lie in shared memory as they are; each warp splits what it multiplies.
 //
 // A tensor core cuts off where FFMA rounds. So the products of the first parts, which are nearly all of a result, are
-// summed up 16 at a time and these sums added by FADD; the others, 2^-11 as large, stay on the tensor cores.
+// summed up 16 or 32 at a time and these sums added by FADD; the others, 2^-11 as large, stay on the tensor cores.
 #include "attn/float32_product.h"
 
 #include <cuda_runtime.h>
@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
     float32_product_kernel(const __grid_constant__ Float32Product p, const unsigned row_tiles,
                            const unsigned col_tiles) {
   constexpr bool kByFfma = kSumBy == SumBy::kFfma, kOneChain = kSumBy == SumBy::kOneChain;
+  constexpr int kChain = kOneChain ? 32 : 16;  // products summed up by a tensor core at a time
   using Tile = ProductTile<kAAlongDepth, kBAlongDepth>;
   using A = typename Tile::A;
   using B = typename Tile::B;
@@ -204,11 +205,11 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
       multiply_by_ffma<A, B>(sums, stage, warp_row + place.row, stage + A::kBytes, warp_col + place.pair * 2);
     } else {
 #pragma unroll
-      for (int sixteen = 0; sixteen < kDepth; sixteen += 16) {
+      for (int first = 0; first < kDepth; first += kChain) {
         float firsts[2][4][4] = {};
         float (&others)[2][4][4] = kOneChain ? firsts : rests;
 #pragma unroll
-        for (int eight = sixteen; eight < sixteen + 16; eight += 8) {
+        for (int eight = first; eight < first + kChain; eight += 8) {
           float x[4];
           A::template load<true>(x, stage, a_place, 0, eight);
           const Split upper(x);

@@ -162,8 +162,22 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
       const bool is_last = k0 + kKeyTile >= key_end, has_next = !(is_last && is_last_work);
       const int stage = count % kStages, phase = count / kStages % 2;
       const int next_slot = is_last ? after : slot, next = is_last ? 0 : k0 + kKeyTile;
-      if (p.is_causal && is_last_work && k0 >= team_row + kTeamRows) {  // the block's last tile
-        if constexpr (kStages == 1) stream_values(slot, k0, count, true);
+      if (p.is_causal && k0 >= team_row + kTeamRows) {  // the last tile, of which the team sees nothing
+        keys_here(stage).wait(phase);
+        if constexpr (kStages == 2) {
+          stream_keys(next_slot, next, count + 1, has_next);
+        } else {
+          stream_values(slot, k0, count, true);
+        }
+        keys_free(stage).arrive_warp();
+        sync_threads<64>(1 + team);  // both warps are done with the query
+        if (has_next) {
+          stream_query(after);
+          if constexpr (kStages == 1) stream_keys(next_slot, next, count + 1, true);
+        }
+        if constexpr (kStages == 2) stream_values(next_slot, next, count + 1, has_next);
+        values_free(stage).arrive_warp();
+        ++count;
         break;
       }
 
