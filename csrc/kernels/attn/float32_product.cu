@@ -141,8 +141,14 @@ __device__ __forceinline__ void multiply_by_ffma(float (&sums)[2][4][4], uint32_
   }
 }
 
+// As many as registers and shared memory are enough for.
+template <ProductResult kResult, SumBy kSumBy>
+constexpr int kBlocksPerSm = kIsBeforeSm90                                                  ? 2
+                             : kSumBy == SumBy::kOneChain && kResult == ProductResult::kSum ? 4
+                                                                                            : 3;
+
 template <bool kAAlongDepth, bool kBAlongDepth, ProductResult kResult, SumBy kSumBy>
-__global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThreads, kIsBeforeSm90 ? 2 : 3)
+__global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThreads, kBlocksPerSm<kResult, kSumBy>)
     float32_product_kernel(const __grid_constant__ Float32Product p, const unsigned row_tiles,
                            const unsigned col_tiles) {
   constexpr bool kByFfma = kSumBy == SumBy::kFfma, kOneChain = kSumBy == SumBy::kOneChain;
