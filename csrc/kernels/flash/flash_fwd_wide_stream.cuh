@@ -41,14 +41,17 @@ struct FlashForwardWideStream {
 
   static constexpr int kKeyOffset = QueryTile::kBytes, kValueOffset = kKeyOffset + kStages * KeyTile::kBytes;
   static constexpr int kProbabilityOffset = kValueOffset + kStages * KeyTile::kBytes;
-  // Where the warps of a team tell each other their maxima and sums: not in P's place, or they would wait for each
-  // other more often.
-  static constexpr int kExchangeOffset = kProbabilityOffset + ProbabilityTile::kBytes;
-  static constexpr int kExchangeBytes = 2 * kRowBlocks * kSides * 32 * static_cast<int>(sizeof(float));  // of a team
+  // Of the rest some is for one stage only: at 192 columns, with two, ptxas makes of it a loop that is 10 % slower.
+  static constexpr bool kOneStage = kStages == 1;
+  // Where the warps of a team tell each other their maxima and sums: if not in P's place, they wait for each other less
+  // often.
+  static constexpr int kExchangeOffset = kProbabilityOffset + (kOneStage ? ProbabilityTile::kBytes : 0);
+  static constexpr int kExchangeBytes = kOneStage ? 2 * kRowBlocks * kSides * 32 * static_cast<int>(sizeof(float))
+                                                  : kTeamRows * ProbabilityTile::kRowBytes;  // of a team
   static constexpr int kPlaceOffset = kExchangeOffset + kTeams * kExchangeBytes;
   // So many works are looked up at once, which takes a warp no longer than one (170 instructions, four divisions one
-  // after the other). Twice that: warps may still be at the work before.
-  static constexpr int kKnownWorks = 32, kPlaces = 2 * kKnownWorks;
+  // after the other). And warps may still be at the work before.
+  static constexpr int kKnownWorks = kOneStage ? 32 : 1, kPlaces = kOneStage ? 64 : 3;
   static constexpr int kBarrierOffset = kPlaceOffset + kPlaces * WorkPlace::kBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (8 + kTeams) * Barrier::kBytes;
 };
@@ -96,14 +99,14 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
   const auto work = [&](unsigned round) {
     return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   };
-  // Of the rounds from this one on, one a lane.
-  const auto find_works = [&](unsigned round) {
-    round += lane;
-    if (work(round) >= works) return;
+  const auto find_work = [&](int slot, unsigned number) {
     int tile, batch_head;
-    order.find(work(round), tile, batch_head);
-    place(round % Flash::kPlaces)
-        .put(p, batch_head, static_cast<int>(order.tiles - 1 - tile) * Flash::kQueryTile);  // the longest first
+    order.find(number, tile, batch_head);
+    place(slot).put(p, batch_head, static_cast<int>(order.tiles - 1 - tile) * Flash::kQueryTile);  // the longest first
+  };
+  const auto find_works = [&](unsigned round) {  // from this one on, one a lane
+    round += lane;
+    if (work(round) < works) find_work(round % Flash::kPlaces, work(round));
   };
   // Tile number `count` of those that the block sees: stages take turns, and their barriers' phases.
   const auto stream_keys = [&](int slot, int k0, int count, bool run) {
@@ -130,23 +133,28 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     for (int i = 0; i < 4; ++i) barrier(i).init(kThreads);
     for (int i = 4; i < 8; ++i) barrier(i).init(Flash::kWarps * kWarpArrivals);
     for (int i = 0; i < Flash::kTeams; ++i) barrier(8 + i).init(64);
+    if constexpr (!Flash::kOneStage) find_work(0, blockIdx.x);
   }
-  if (warp == 0) find_works(0);
+  if (Flash::kOneStage && warp == 0) find_works(0);
   __syncthreads();
   stream_query(0);
   stream_keys(0, 0, 0, true);
   if constexpr (kStages == 2) stream_values(0, 0, 0, true);
 
   int count = 0;
-  for (unsigned round = 0, slot = 0; work(round) < works; ++round) {
+  for (unsigned slot = 0, round = 0; work(round) < works; ++round) {
     const unsigned turn = round % 2, after = slot == Flash::kPlaces - 1 ? 0 : slot + 1;
     const bool is_last_work = work(round + 1) >= works;
-    if (warp == 0 && (round + 1) % Flash::kKnownWorks == 0) find_works(round + 1);
+    if constexpr (Flash::kOneStage) {
+      if (warp == 0 && (round + 1) % Flash::kKnownWorks == 0) find_works(round + 1);
+    } else {
+      if (threadIdx.x == 0 && !is_last_work) find_work(after, work(round + 1));
+    }
     const int q0 = place(slot).first_row(), team_row = q0 + team_block * 16;
     const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
     // Keys from here on are seen by no query of the block.
     const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
-    __builtin_assume(key_end > 0);  // or the output is set to zero twice
+    if constexpr (Flash::kOneStage) __builtin_assume(key_end > 0);  // or the output is set to zero twice
 
     OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
     float output[kRowBlocks][2 * kBlocks][4] = {};
@@ -162,22 +170,20 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
       const bool is_last = k0 + kKeyTile >= key_end, has_next = !(is_last && is_last_work);
       const int stage = count % kStages, phase = count / kStages % 2;
       const int next_slot = is_last ? after : slot, next = is_last ? 0 : k0 + kKeyTile;
-      if (p.is_causal && k0 >= team_row + kTeamRows) {  // the last tile, of which the team sees nothing
-        keys_here(stage).wait(phase);
-        if constexpr (kStages == 2) {
-          stream_keys(next_slot, next, count + 1, has_next);
-        } else {
+      // The last tile, of which the team sees nothing.
+      if (p.is_causal && (Flash::kOneStage || is_last_work) && k0 >= team_row + kTeamRows) {
+        if constexpr (Flash::kOneStage) {
+          keys_here(stage).wait(phase);
           stream_values(slot, k0, count, true);
+          keys_free(stage).arrive_warp();
+          sync_threads<64>(1 + team);  // both warps are done with the query
+          if (has_next) {
+            stream_query(after);
+            stream_keys(next_slot, next, count + 1, true);
+          }
+          values_free(stage).arrive_warp();
+          ++count;
         }
-        keys_free(stage).arrive_warp();
-        sync_threads<64>(1 + team);  // both warps are done with the query
-        if (has_next) {
-          stream_query(after);
-          if constexpr (kStages == 1) stream_keys(next_slot, next, count + 1, true);
-        }
-        if constexpr (kStages == 2) stream_values(next_slot, next, count + 1, has_next);
-        values_free(stage).arrive_warp();
-        ++count;
         break;
       }
 
@@ -248,6 +254,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
           float& x = highest[i / 2][i % 2];
           x = fmaxf(x, exchange[(side ^ 1) * 32 + i * 8 + lane / 4]);
         }
+        if constexpr (!Flash::kOneStage) sync_threads<64>(1 + team);
         if (__any_sync(0xffffffffu, softmax.exceeds(highest))) softmax.raise(highest, output, k0 == 0);
       }
       if (is_last && has_next) stream_query(after);  // both are done with this one
@@ -302,6 +309,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     }
 
     // The sums of all keys. Lanes of both warps of a team hold the same rows.
+    if constexpr (!Flash::kOneStage) sync_threads<64>(1 + team);
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) exchange[(i * 2 + side) * 32 + lane] = softmax.sum[i / 2][i % 2];
     sync_threads<64>(1 + team);  // and both are done with P
@@ -323,6 +331,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
                                             static_cast<int>(p.output.stride[2] * 2), team_row + m * 16,
                                             static_cast<int>(p.L), static_cast<int>(p.Ev), side);
     };
+    if constexpr (!Flash::kOneStage) sync_threads<64>(1 + team);
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
