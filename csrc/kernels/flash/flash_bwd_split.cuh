@@ -71,6 +71,9 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
   constexpr int kBlocks = Flash::kShareQueries / 16, kAll = kQueryTile / 16;
   extern __shared__ __align__(1024) unsigned char shared[];
 
+  // No such chip has so much; and ptxas spills.
+  if constexpr (kIsBeforeSm90 && Tile::kMaxSharedBytes > 163 * 1024) return;
+
   // Work of this block: the query tiles of `group` query heads, one head after the other.
   let_successor_start();
   int tile_number, batch_key_head;
