@@ -406,10 +406,10 @@ Tensor in_place_gradients(const ProductSoftmax& softmax, const Tensor& v) {
 
 #endif
 
-// Whether the backward's softmax is within its products: then of each score memory holds one number, not two, and
-// these are not read and written once more. Only where the forward's scores are products of our own as well, so the
-// very same: the output goes with them.
-bool has_product_softmax(const Call& call) {
+// Whether the backward's softmax is within its products, for so many rows of a head's: then of each score memory holds
+// one number, not two, and these are not read and written once more. Only where the forward's scores are products of
+// our own as well, so the very same: the output goes with them.
+bool has_product_softmax(const Call& call, int64_t rows) {
 #if defined(SDPA_WITH_CUDA)
   const bool is_plain = !call.attn_mask.defined() && !call.is_causal && call.dropout_p == 0;
   if (!is_plain || !call.query.is_cuda() || call.query.scalar_type() != at::kFloat || tf32_is_allowed()) return false;
@@ -418,13 +418,13 @@ bool has_product_softmax(const Call& call) {
     Float32Product product;
     product.a = {a.const_data_ptr<float>(), a.stride(0) | a.stride(1), a.stride(2), a.stride(3)};
     product.b = {b.const_data_ptr<float>(), b.stride(0) | b.stride(1), b.stride(3), b.stride(2)};
-    product.rows = shape.group * shape.L, product.cols = shape.S, product.depth = a.size(3);
+    product.rows = rows, product.cols = shape.S, product.depth = a.size(3);
     product.result = ProductResult::kExponentials;
     return product.depth % 4 == 0 && takes_float32_product(product);  // copies, too, are in fours
   };
   return takes(call.query, call.key) && takes(call.value, call.value);  // the latter by a contiguous matrix
 #else
-  static_cast<void>(call);
+  static_cast<void>(call), static_cast<void>(rows);
   return false;
 #endif
 }
@@ -510,12 +510,13 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& ou
   const auto sum_type = accumulation_type(call.query);
   const Tensor mask = chunked_mask(call);
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const bool row_kernel = has_row_kernel(call.query), in_products = has_product_softmax(call);
+  const bool row_kernel = has_row_kernel(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   // A look at all rows costs less than two passes over the gradients of a chunk.
   Tensor empty_rows = mask.defined() && !row_kernel ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
-  const int64_t score_bytes = bytes_per_score(row_kernel, !in_products, grads.mask.defined(), type == at::kDouble);
+  const int64_t score_bytes = bytes_per_score(row_kernel, !has_product_softmax(call, shape.group * shape.L),
+                                              grads.mask.defined(), type == at::kDouble);
   Independent independent;
   if (grad_mask.defined()) independent = {grad_mask.size(0) == shape.B, grad_mask.size(1) == shape.H};
   for_chunks(call, score_bytes, independent, [&](const Chunk& all_rows, const auto& for_rows) {
@@ -525,6 +526,7 @@ void math_backward(const Call& call, const Tensor& grad_output, const Tensor& ou
     Tensor grad_key, grad_value;
     for_rows([&](const Chunk& c) {
       const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
+      const bool in_products = has_product_softmax(call, rows);  // a chunk may be too small
       const std::vector<int64_t> four_dims = {c.batches, c.key_heads * group, c.rows, c.columns};
       const Tensor query = query_side(call.query, c, group).to(type);
       Tensor grad_out = in_products ? Tensor() : query_side(grad_output, c, group).to(type);

@@ -18,7 +18,7 @@
 
 namespace sdpa {
 
-// Tile is a WideTile: kKeyBlocks of a group of 2 * kShares warps.
+// Tile is a WideTile: kKeyBlocks of a group of 2 * kShares warps; one stage of queries.
 template <class Arch, class T, int kHeadDim, class Tile>
 struct SplitBackward {
   static constexpr bool kWalks = false;
@@ -42,18 +42,17 @@ struct SplitBackward {
   using Barrier = SharedBarrier<Arch>;
 
   static constexpr int kQueryOffset = 2 * KeyTile::kBytes;
-  static constexpr int kScoreOffset = kQueryOffset + (Tile::kStages + Tile::kGradStages) * QueryTile::kBytes;
+  static constexpr int kScoreOffset = kQueryOffset + (1 + Tile::kGradStages) * QueryTile::kBytes;
   static constexpr int kRowBytes = 2 * kQueryTile * static_cast<int>(sizeof(float));
-  static constexpr bool kPadsScores =
-      Tile::kCols < kHeadDim &&
-      kScoreOffset + 4 * kKeyTile * (kQueryTile + kChunkElements) + kRowBytes + 256 <= Tile::kMaxSharedBytes;
-  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch, false, kPadsScores>;  // P^T, dS^T
+  using ScoreTile = SharedTile<T, kKeyTile, kQueryTile, Arch>;  // P^T, dS^T
   // dS^T takes the place of P^T where there is none for both.
   static constexpr bool kOneScoreTile = kScoreOffset + 2 * ScoreTile::kBytes + kRowBytes + 256 > Tile::kMaxSharedBytes;
   static constexpr int kRowOffset = kScoreOffset + (kOneScoreTile ? 1 : 2) * ScoreTile::kBytes;  // LSE, delta
   static constexpr int kBarrierOffset = kRowOffset + kRowBytes, kBarriers = 5 + 3 * kGroups;
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * Barrier::kBytes;
-  static_assert(Arch::kAsyncCopy && kSharedBytes <= Tile::kMaxSharedBytes && (Tile::kShares > 1 || !kOneScoreTile));
+  static_assert(Arch::kAsyncCopy && kSharedBytes <= Tile::kMaxSharedBytes && Tile::kShares > 1 && Tile::kStages == 1);
+  // With two stages, `full` has to say that all warps have read the dO before: those that publish rows do.
+  static_assert(Tile::kGradStages == 1 || kQueryTile / 32 >= kSideWarps);
 };
 
 template <class Arch, class T, int kHeadDim, class Tile>
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
   // Shared memory: key | value | query stages | dO stages | P^T | dS^T | LSE | delta | barriers.
   const uint32_t base = shared_address(shared);
   const KeyTile key_tile{base}, value_tile{base + KeyTile::kBytes};
-  const auto query_tile = [&](int stage) { return QueryTile{base + Flash::kQueryOffset + stage * QueryTile::kBytes}; };
-  const auto grad_tile = [&](int stage) { return query_tile(Tile::kStages + stage); };
+  const QueryTile query{base + Flash::kQueryOffset};
+  const auto grad_tile = [&](int stage) { return QueryTile{query.base + (1 + stage) * QueryTile::kBytes}; };
   const ScoreTile probability_tile{base + Flash::kScoreOffset};
   const ScoreTile score_tile{base + Flash::kRowOffset - ScoreTile::kBytes};
   float* const shared_lse = reinterpret_cast<float*>(shared + Flash::kRowOffset);
@@ -110,15 +109,13 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
   const Barrier query_read = barrier(3), grad_read = barrier(4);
   const Barrier probabilities_here = barrier(5 + group * 3), probabilities_read = barrier(6 + group * 3);
   const Barrier scores_here = barrier(7 + group * 3);
-  // The warps of dV read P^T of others unless each has all queries.
-  constexpr bool kHasOthers = Tile::kShares > 1;
   if (threadIdx.x == 0) {
     full.init(kThreads + kQueryTile / 32 * kWarpArrivals);
     complete.init(Flash::kSideWarps * kWarpArrivals);
     for (int n = 2; n < 5; ++n) barrier(n).init(Tile::kWarps * kWarpArrivals);
     for (int n = 5; n < Flash::kBarriers; n += 3) {
       barrier(n).init(Tile::kShares * kWarpArrivals);
-      barrier(n + 1).init((kHasOthers ? 2 : 1) * Tile::kShares * kWarpArrivals);
+      barrier(n + 1).init(2 * Tile::kShares * kWarpArrivals);
       barrier(n + 2).init(Tile::kShares * kWarpArrivals);
     }
   }
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
   key_tile.template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
   value_tile.template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
   if (exists(here)) {
-    fetch_rows<Arch, kThreads>(query_tile(0), query_rows(here), here.q0);
+    fetch_rows<Arch, kThreads>(query, query_rows(here), here.q0);
     fetch_rows<Arch, kThreads>(grad_tile(0), grad_rows(here), here.q0);
   }
   wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
@@ -185,7 +182,7 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
   for (; exists(here); here = after(here), parity ^= 1) {
     full.wait(parity ^ 1);
     const int q0 = here.q0;
-    const QueryTile query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
+    const QueryTile grad = grad_tile(parity % Tile::kGradStages);
     // S^T = K Q^T or dP^T = V dO^T
     float scores[kBlocks][kKeyBlocks][2][4] = {};
     const KeyTile keys{(is_for_keys ? value_tile.base : key_tile.base) + warp_block * 16 * KeyTile::kRowBytes};
@@ -297,14 +294,12 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
     const float2 next_row = read_row(next);  // on its way meanwhile
     // The warps that are the last to read a tile copy the next one: to a place of its own at once, else in its place.
     const auto fetch_next = [&](bool in_place) {
-      if (!has_next || in_place != ((is_for_keys ? Tile::kStages : Tile::kGradStages) == 1)) return;
-      const int phase = in_place ? parity : parity ^ 1;
+      if (!has_next || in_place != (is_for_keys || Tile::kGradStages == 1)) return;
       if (is_for_keys) {
-        query_read.wait(phase);
-        fetch_rows<Arch, kSideThreads>(query_tile((parity + 1) % Tile::kStages), query_rows(next), next.q0,
-                                       threadIdx.x % kSideThreads);
+        query_read.wait(parity);
+        fetch_rows<Arch, kSideThreads>(query, query_rows(next), next.q0, threadIdx.x % kSideThreads);
       } else {
-        grad_read.wait(phase);
+        grad_read.wait(in_place ? parity : parity ^ 1);
         fetch_rows<Arch, kSideThreads>(grad_tile((parity + 1) % Tile::kGradStages), grad_rows(next), next.q0,
                                        threadIdx.x % kSideThreads);
       }
@@ -326,7 +321,7 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
         }
       }
     };
-    uint32_t others[kHasOthers ? kAll - kBlocks : 1][kKeyBlocks][4];
+    uint32_t others[kAll - kBlocks][kKeyBlocks][4];
     const auto take_others = [&] {
       Barrier{is_for_keys ? scores_here.address : probabilities_here.address}.wait(parity);
       const ScoreTile tile{is_for_keys ? score_tile.base : probability_tile.base};
@@ -346,14 +341,10 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) multiply(own[n], first_block + n);
-    if constexpr (kHasOthers) {
-      if constexpr (!Flash::kOneScoreTile) take_others();
+    if constexpr (!Flash::kOneScoreTile) take_others();
 #pragma unroll
-      for (int n = 0; n < kAll - kBlocks; ++n) multiply(others[n], (first_block + kBlocks + n) % kAll);
-      if constexpr (!Flash::kOneScoreTile) {
-        if (!is_for_keys) probabilities_read.arrive_warp();
-      }
-    }
+    for (int n = 0; n < kAll - kBlocks; ++n) multiply(others[n], (first_block + kBlocks + n) % kAll);
+    if (!Flash::kOneScoreTile && !is_for_keys) probabilities_read.arrive_warp();
     Barrier{is_for_keys ? query_read.address : grad_read.address}.arrive_warp();
     fetch_next(true);
 
