@@ -326,9 +326,10 @@ __global__ void __launch_bounds__(ProductTile<kAAlongDepth, kBAlongDepth>::kThre
     for (int i = 0; i < 4; ++i) exp_sums[i] += i == number / 8 ? last : 0.f;
   }
   if constexpr (kResult == ProductResult::kExponentials) {
-    static_assert(Float32Product::kSumCols == 32, "a warp's columns");
-    const int64_t group = (first_col + warp_col) / 32;
-    float* const to = p.exp_sums + (batch * ((cols + 31) / 32) + group) * p.rows;
+    constexpr int kSumCols = Float32Product::kSumCols;
+    static_assert(kSumCols == 32, "a warp's columns");
+    const int64_t group = (first_col + warp_col) / kSumCols;
+    float* const to = p.exp_sums + (batch * ((cols + kSumCols - 1) / kSumCols) + group) * p.rows;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       exp_sums[i] += __shfl_xor_sync(0xffffffffu, exp_sums[i], 1);

@@ -231,7 +231,7 @@ struct GradQuerySums {
   }
 };
 
-// A warp's share of dS K, of kRows blocks of 16 queries from `row_block` on and kColBlocks blocks of 16 columns from
+// A warp's share of dS K, of kRows blocks of 16 queries from `row_block` on and kTiles / 2 blocks of 16 columns from
 // `col_block` on, from dS^T and K of kKeyBlocks blocks of 16 keys.
 template <class Product, int kKeyBlocks, int kRows, int kTiles, class ScoreTile, class KeyTile>
 __device__ __forceinline__ void add_query_gradient(float (&sum)[kRows][kTiles][4], const ScoreTile& scores,
