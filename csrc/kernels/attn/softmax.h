@@ -57,14 +57,16 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes in a tile's scores before their first exp2. A score of -inf takes no part.
-  template <int kCols, int kOutCols>
+  // Takes in a tile's scores before their first exp2. A score of -inf takes no part. kTriesZero: see start_at_0.
+  template <bool kTriesZero = false, int kCols, int kOutCols>
   __device__ __forceinline__ void see(const float (&scores)[kRowBlocks][kCols][4],
                                       float (&output)[kRowBlocks][kOutCols][4], bool is_first = false) {
-    if (!__any_sync(0xffffffffu, has_outgrown(scores))) return;
+    const bool tries_zero = kTriesZero && is_first;
+    if (tries_zero) start_at_0();
+    if (!__any_sync(0xffffffffu, tries_zero ? is_far_from_0(scores) : has_outgrown(scores))) return;
     float highest[kRowBlocks][2];
     find_highest(highest, scores);
-    if (__any_sync(0xffffffffu, exceeds(highest))) raise(highest, output, is_first);
+    if (tries_zero || __any_sync(0xffffffffu, exceeds(highest))) raise<kTriesZero>(highest, output, is_first);
   }
 
   // The parts of `see`, for warps that share rows: whether some row has outgrown its reference in this lane's share,
@@ -95,6 +97,26 @@ struct OnlineSoftmax {
     }
     return outgrown;
   }
+  // The first tile's references may be 0 if the maxima of its rows are near that. They are if each lane finds such a
+  // score in its share, which takes no exchange between lanes.
+  __device__ __forceinline__ void start_at_0() {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowBlocks; ++i) reference[i / 2][i % 2] = 0.f;
+  }
+  // Whether this lane finds none in some row. Then `raise` makes references of the maxima alone.
+  template <int kCols>
+  __device__ __forceinline__ bool is_far_from_0(const float (&scores)[kRowBlocks][kCols][4]) const {
+    bool is_far = false;
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = lane_max(scores[m], half) * scale_log2;
+        is_far |= !(x >= -1.f && x <= kSlack);
+      }
+    }
+    return is_far;
+  }
   // the highest exponents of the warp's rows,
   template <int kCols>
   __device__ __forceinline__ void find_highest(float (&highest)[kRowBlocks][2],
@@ -115,8 +137,8 @@ struct OnlineSoftmax {
     }
     return any;
   }
-  // and new references for all rows. is_first: there is no output yet.
-  template <int kOutCols>
+  // and new references for all rows. is_first: there is no output yet; kTriesZero: and they began as 0.
+  template <bool kTriesZero = false, int kOutCols>
   __device__ __forceinline__ void raise(const float (&highest)[kRowBlocks][2], float (&output)[kRowBlocks][kOutCols][4],
                                         bool is_first = false) {
     float factor[kRowBlocks][2];
@@ -124,10 +146,11 @@ struct OnlineSoftmax {
     for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float now = fmaxf(highest[m][half], reference[m][half]);
+        const bool anew = kTriesZero && is_first;
+        const float now = fmaxf(highest[m][half], anew ? kNothingYet : reference[m][half]);
         factor[m][half] = exp2_approx(reference[m][half] - now);
         reference[m][half] = now;
-        sum[m][half] *= factor[m][half];
+        sum[m][half] = anew ? 0.f : sum[m][half] * factor[m][half];
       }
     }
     if (is_first) return;

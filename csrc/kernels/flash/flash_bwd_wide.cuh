@@ -339,12 +339,14 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (Flash::kIsBoxed) {
     if (exists(here)) first_full.wait(0);
   }
+  bool is_full = false;
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
     for (; exists(here); here = after(here), parity ^= 1) {
       start_anew();
-      full.wait(parity ^ 1);
+      if (!is_full) full.wait(parity ^ 1);
+      is_full = false;
       const int q0 = here.q0;
       const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
 
@@ -400,6 +402,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
 
       start_anew();
+      const bool is_done = done.test(parity ^ 1);
       const bool is_partial = range.is_partial(q0, k0);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -446,7 +449,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       };
       static_assert(!Flash::kSplitsValue || kBlocks == 1);
       if constexpr (Flash::kSplitsValue) read_deltas(first_block);  // P^T takes their place
-      done.wait(parity ^ 1);
+      if (!is_done) done.wait(parity ^ 1);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         const int query_block = first_block + n, first_row = query_block * 16 + lane % 4 * 2;
@@ -561,6 +564,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         if constexpr (!Flash::kIsBoxed) full.arrive_with_copies();
       }
       take_query_gradient(here);
+      is_full = full.test(parity);
       done.arrive_warp();
     }
 

@@ -56,6 +56,61 @@ struct FlashForwardWideStream {
   static constexpr int kSharedBytes = kBarrierOffset + (8 + kTeams) * Barrier::kBytes;
 };
 
+// fill_warp_rows with fewer instructions, as store_blocks is store_rows: what a work needs once is 7 % of one with 512
+// keys. (With these, narrow heads' kernels are no faster, and some spill.)
+//
+// Rows [from, from + kCount) of a tile, by one warp, from rows row0, row0 + 1, ... of the head whose first row is at
+// `source`; rows from `rows` on and columns from `cols` on become zero. `from` is a multiple of 8.
+template <int kColumns, int kCount, class Tile>
+__device__ __forceinline__ void fill_query_rows(const Tile& tile, int from, uint64_t source, int row_bytes, int row0,
+                                                int rows, int cols) {
+  constexpr int kChunks = kColumns / kChunkElements;
+  constexpr int kPanel = (kChunks & -kChunks) < 32 ? (kChunks & -kChunks) : 32, kRowStep = 32 / kPanel;
+  const int lane = threadIdx.x % 32, first = lane / kPanel;
+#pragma unroll
+  for (int panel = 0; panel < kChunks; panel += kPanel) {
+    const int chunk = panel + lane % kPanel, left = chunk * kChunkElements < cols ? rows - row0 - first : 0;
+    const uint32_t to = tile.base + from * Tile::kRowBytes + Tile::offset(first, chunk);
+    uint64_t address = source + int64_t{row0 + first} * row_bytes + chunk * kChunkBytes;
+#pragma unroll
+    for (int row = 0; row < kCount; row += kRowStep, address += int64_t{kRowStep} * row_bytes) {
+      cp_async_16_if(true, Tile::below(to, row), address, row < left);
+    }
+  }
+}
+
+// A warp's accumulators [kFirst, kFirst + kCount), every kColStep-th block of 16 columns from `col_block` on of 16
+// rows, rounded to T and written in whole aligned chunks to rows row0, row0 + 1, ... of the head whose first row is at
+// `target`. They pass through the block_row-th 16 rows of a tile, which nobody else may use meanwhile.
+template <class T, int kFirst, int kCount, int kColStep, class Tile, int kColTiles>
+__device__ __forceinline__ void store_blocks(const Tile& tile, int block_row, const float (&values)[kColTiles][4],
+                                             uint64_t target, int row_bytes, int row0, int rows, int cols,
+                                             int col_block) {
+  constexpr int kPanel = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;  // lanes that write a row, a chunk each
+  constexpr int kRowStep = 32 / kPanel;
+  static_assert(kFirst % 2 == 0 && kCount % 2 == 0 && kCount <= Tile::kChunksPerRow);
+  const int lane = threadIdx.x % 32, i = lane % kPanel, first = lane / kPanel;
+  const int chunk = (col_block + (kFirst + i) / 2 * kColStep) * 2 + i % 2;
+  const uint32_t rows_here = tile.base + block_row * 16 * Tile::kRowBytes;
+  const uint32_t put = rows_here + Tile::offset(lane / 4, 0) + lane % 4 * 4, get = rows_here + Tile::offset(first, i);
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < kCount; n += 2) {
+    uint32_t a[4];
+    to_operand<T>(a, values[kFirst + n], values[kFirst + n + 1]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_shared_4(Tile::below(Tile::beside(put, n + j / 2), j % 2 * 8), a[j]);
+  }
+  __syncwarp();
+  const int left = i < kCount && chunk * kChunkElements < cols ? rows - row0 - first : 0;
+  uint64_t address = target + int64_t{row0 + first} * row_bytes + chunk * kChunkBytes;
+#pragma unroll
+  for (int row = 0; row < 16; row += kRowStep, address += int64_t{kRowStep} * row_bytes) {
+    const uint4 v = load_shared_16(Tile::below(get, row));
+    if (row < left) store_global_16(address, v);
+  }
+}
+
 template <class Arch, class T, int kHeadDim, int kStages = 2>
 __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kStages>::kThreads, 1)
     flash_forward_wide_stream_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
@@ -123,9 +178,9 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
   };
   const auto stream_query = [&](int slot) {
     const int row = team * kTeamRows + side * (kTeamRows / 2);
-    fill_warp_rows<kHeadDim>(query_tile, row, kTeamRows / 2, place(slot).query_row(),
-                             static_cast<int>(p.query.stride[2] * 2), place(slot).first_row() + row,
-                             static_cast<int>(p.L), static_cast<int>(p.E));
+    fill_query_rows<kHeadDim, kTeamRows / 2>(query_tile, row, place(slot).query_row(),
+                                             static_cast<int>(p.query.stride[2] * 2), place(slot).first_row() + row,
+                                             static_cast<int>(p.L), static_cast<int>(p.E));
     query_here.arrive_with_copies();
   };
 
@@ -241,7 +296,14 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
       }
 
       // Both warps of a team must have the same references.
-      if (sync_threads_or<64>(1 + team, softmax.has_outgrown(scores))) {
+      bool outgrown;
+      if (k0 == 0) {
+        softmax.start_at_0();
+        outgrown = softmax.is_far_from_0(scores);
+      } else {
+        outgrown = softmax.has_outgrown(scores);
+      }
+      if (sync_threads_or<64>(1 + team, outgrown)) {
         float highest[kRowBlocks][2];
         softmax.find_highest(highest, scores);
 #pragma unroll
@@ -255,10 +317,12 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
           x = fmaxf(x, exchange[(side ^ 1) * 32 + i * 8 + lane / 4]);
         }
         if constexpr (!Flash::kOneStage) sync_threads<64>(1 + team);
-        if (__any_sync(0xffffffffu, softmax.exceeds(highest))) softmax.raise(highest, output, k0 == 0);
+        if (k0 == 0 || __any_sync(0xffffffffu, softmax.exceeds(highest)))
+          softmax.template raise<true>(highest, output, k0 == 0);
       }
       if (is_last && has_next) stream_query(after);  // both are done with this one
 
+      const bool has_values = values_here(stage).test(phase);
       uint32_t probability[kKeyBlocks][kRowBlocks][4];  // of this warp's half of the keys
 #pragma unroll
       for (int k = 0; k < kKeyBlocks; ++k) {
@@ -289,7 +353,7 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
       if constexpr (kStages == 1) {
         if (has_next) stream_keys(next_slot, next, count + 1, true);
       }
-      values_here(stage).wait(phase);
+      if (!has_values) values_here(stage).wait(phase);
 #pragma unroll
       for (int k = 0; k < kKeyBlocks; ++k) {
         add_values(probability[k], side * kKeyBlocks + k);
@@ -327,9 +391,9 @@ __global__ void __launch_bounds__(FlashForwardWideStream<Arch, T, kHeadDim, kSta
     if (side == 0 && row < p.L && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     const uint64_t target = place(slot).output_row();
     const auto store = [&]<int kFirst, int kCount>(int m) {
-      store_rows<T, kFirst, kCount, kSides>(probability_tile, team_block + side, output[m], target,
-                                            static_cast<int>(p.output.stride[2] * 2), team_row + m * 16,
-                                            static_cast<int>(p.L), static_cast<int>(p.Ev), side);
+      store_blocks<T, kFirst, kCount, kSides>(probability_tile, team_block + side, output[m], target,
+                                              static_cast<int>(p.output.stride[2] * 2), team_row + m * 16,
+                                              static_cast<int>(p.L), static_cast<int>(p.Ev), side);
     };
     if constexpr (!Flash::kOneStage) sync_threads<64>(1 + team);
 #pragma unroll

@@ -141,8 +141,8 @@ __device__ __forceinline__ void write_output(float (&output)[2][kOutCols][4], co
 #pragma unroll
       for (int i = 0; i < 4; ++i) output[m][n][i] *= factors[m][i / 2];
     }
-    store_rows<T, 0, kOutCols>(tile, row_block(m), output[m], target, static_cast<int>(p.output.stride[2] * 2),
-                               warp_row + m * 16, static_cast<int>(p.L), static_cast<int>(p.Ev));
+    store_rows<T>(tile, row_block(m), output[m], target, static_cast<int>(p.output.stride[2] * 2), warp_row + m * 16,
+                  static_cast<int>(p.L), static_cast<int>(p.Ev));
   }
 }
 

@@ -115,6 +115,17 @@ struct SharedTile {
     return row * kRowBytes + ((chunk ^ swizzle) * kChunkBytes);
   }
 
+  // From the address of a chunk in one of the first rows of eight (or fewer, if `rows` is not a multiple of eight),
+  // that of the chunk `rows` further down,
+  static __device__ __forceinline__ uint32_t below(uint32_t address, int rows) {
+    return (address ^ (offset(rows, 0) - rows * kRowBytes)) + rows * kRowBytes;
+  }
+  // and from that of chunk 0, of another in its row.
+  static __device__ __forceinline__ uint32_t beside(uint32_t address, int chunk) {
+    if constexpr (kIsPadded) return address + chunk * kChunkBytes;
+    return (address ^ (chunk % 8 * kChunkBytes)) + chunk / 8 * 8 * kChunkBytes;
+  }
+
   // Good for every tile with rows of this length.
   static __device__ __forceinline__ LaneOffset lane_offset() {
     const int lane = threadIdx.x % 32;

@@ -116,22 +116,21 @@ __device__ __forceinline__ void fill_warp_rows(const Tile& tile, int from, int c
   }
 }
 
-// A warp's accumulators [kFirst, kFirst + kCount), every kColStep-th block of 16 columns from `col_block` on of 16
-// rows, rounded to T and written in whole aligned chunks to rows row0, row0 + 1, ... of the head whose first row is at
-// `target`. They pass through the block_row-th 16 rows of a tile, which nobody else may use meanwhile.
-template <class T, int kFirst, int kCount, int kColStep = 1, class Tile, int kColTiles>
-__device__ __forceinline__ void store_rows(const Tile& tile, int block_row, const float (&values)[kColTiles][4],
-                                           uint64_t target, int row_bytes, int row0, int rows, int cols,
-                                           int col_block = 0) {
+// A warp's accumulators of 16 rows, rounded to T and written in whole aligned chunks to rows row0, row0 + 1, ... of the
+// head whose first row is at `target`. They pass through the block_row-th 16 rows of a tile, which nobody else may use
+// meanwhile.
+template <class T, int kCount, class Tile>
+__device__ __forceinline__ void store_rows(const Tile& tile, int block_row, const float (&values)[kCount][4],
+                                           uint64_t target, int row_bytes, int row0, int rows, int cols) {
   constexpr int kPanel = kCount <= 4 ? 4 : kCount <= 8 ? 8 : 16;  // lanes that write a row, a chunk each
-  static_assert(kFirst % 2 == 0 && kCount % 2 == 0 && kCount <= Tile::kChunksPerRow);
+  static_assert(kCount % 2 == 0 && kCount <= Tile::kChunksPerRow);
   const int lane = threadIdx.x % 32, i = lane % kPanel;
-  const int chunk = (col_block + (kFirst + i) / 2 * kColStep) * 2 + i % 2;
+  const int chunk = i / 2 * 2 + i % 2;  // i; put like this, ptxas makes of the kernels' loops what was measured
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kCount; n += 2) {
     uint32_t a[4];
-    to_operand<T>(a, values[kFirst + n], values[kFirst + n + 1]);
+    to_operand<T>(a, values[n], values[n + 1]);
     tile.put_a(a, block_row, n / 2);
   }
   __syncwarp();
