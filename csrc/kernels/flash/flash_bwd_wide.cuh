@@ -105,6 +105,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   extern __shared__ __align__(1024) unsigned char shared[];
 
   if constexpr (Flash::kIsBoxed && kIsBeforeSm90) return;
+  constexpr bool kAsksAhead =
+      kEdit == ScoreEdit::kNone || !kIsBeforeSm90;  // on sm80 the others have no registers for it
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
   let_successor_start();
@@ -402,7 +404,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
 
       start_anew();
-      const bool is_done = done.test(parity ^ 1);
+      const bool is_done = kAsksAhead && done.test(parity ^ 1);
       const bool is_partial = range.is_partial(q0, k0);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -564,7 +566,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         if constexpr (!Flash::kIsBoxed) full.arrive_with_copies();
       }
       take_query_gradient(here);
-      is_full = full.test(parity);
+      is_full = kAsksAhead && full.test(parity);
       done.arrive_warp();
     }
 

@@ -33,7 +33,8 @@ struct FlashForwardStream {
   static constexpr bool kQueryInRegisters = kHeadDim <= 64;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
   static constexpr bool kTurnsRound = false;
-  static constexpr bool kTriesZero = kHeadDim > 32;  // see OnlineSoftmax; at 32 it is 1 % slower
+  static constexpr bool kTriesZero =  // see OnlineSoftmax; at 32 it is 1 % slower, and on sm80 128 columns spill
+      kHeadDim > 32 && !(kHeadDim == 128 && kIsBeforeSm90);
   // After which k-step of Q K^T the next tile's copies are issued.
   static constexpr int kKeysAfter = 0, kValuesAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : 4;
 
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
     const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
     // Keys from here on are seen by no query of the block.
     const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
-    if constexpr (kHeadDim > 32) __builtin_assume(key_end > 0);  // or the output is set to zero twice
+    if constexpr (Flash::kTriesZero) __builtin_assume(key_end > 0);  // or the output is set to zero twice
     const bool is_last_work = number + gridDim.x >= works;
 
     uint32_t query_registers[Flash::kQueryInRegisters ? kSteps : 1][kRowBlocks][4];
