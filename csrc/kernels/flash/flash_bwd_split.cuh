@@ -182,7 +182,6 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
 #pragma unroll 1
   for (; exists(here); here = after(here), parity ^= 1) {
     if (!is_full) full.wait(parity ^ 1);
-    is_full = false;
     const int q0 = here.q0;
     const QueryTile grad = grad_tile(parity % Tile::kGradStages);
     // S^T = K Q^T or dP^T = V dO^T
@@ -217,7 +216,8 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
       }
     };
     if (!is_for_keys) {
-      const bool is_free = Barrier{Flash::kOneScoreTile ? done.address : probabilities_read.address}.test(parity ^ 1);
+      const Barrier place_free{Flash::kOneScoreTile ? done.address : probabilities_read.address};
+      const bool is_free = place_free.test(parity ^ 1);
       const bool is_partial = range.is_partial(q0, k0);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -253,13 +253,7 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
           to_operand<T>(own[n][m], scores[n][m][0], scores[n][m][1]);
         }
       }
-      if (!is_free) {
-        if constexpr (Flash::kOneScoreTile) {
-          done.wait(parity ^ 1);
-        } else {
-          probabilities_read.wait(parity ^ 1);
-        }
-      }
+      if (!is_free) place_free.wait(parity ^ 1);
       put(probability_tile);
       probabilities_here.arrive_warp();
     } else {

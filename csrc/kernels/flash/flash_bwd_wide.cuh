@@ -348,7 +348,6 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     for (; exists(here); here = after(here), parity ^= 1) {
       start_anew();
       if (!is_full) full.wait(parity ^ 1);
-      is_full = false;
       const int q0 = here.q0;
       const auto query = query_tile(parity % Tile::kStages), grad = grad_tile(parity % Tile::kGradStages);
 
