@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import report
-from bench.measure import BACKENDS, Contender, DeviceLost, Record, run_case
+from bench.measure import BACKENDS, Contender, DeviceLost, Record, run_cases
 
 
 def arguments() -> argparse.Namespace:
@@ -27,7 +27,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         help="groups and cases, comma-separated; a case is written like 'B4 H32/8 L4096 D128 bfloat16 causal' "
-        "(also S, D192/128, p=0.1, mask=bool|bias|padding, backward, BHLD), listed or not "
+        "(also S, D192/128, p=0.1, mask=bool|bias|padding, backward, BHLD), listed or not; 'CASE & CASE' times both in "
+        "turn, for a ratio that a moving clock leaves alone "
         "(default: seed,quick; without a GPU: cpu)",
     )
     parser.add_argument("--list", action="store_true", help="print groups and cases, and stop")
@@ -68,7 +69,9 @@ def arguments() -> argparse.Namespace:
         default = "host" if options.host else "seed,quick" if options.device.type == "cuda" else "cpu"
         options.cases = known.select(options.cases or default)
         changes = ({"dtype": options.dtype} if options.dtype else {}) | ({"backward": True} if options.backward else {})
-        options.cases = list(dict.fromkeys(replace(case, **changes) for case in options.cases))
+        options.cases = list(
+            dict.fromkeys(tuple(replace(case, **changes) for case in together) for together in options.cases)
+        )
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -120,16 +123,17 @@ def main() -> int:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-            task = progress.add_task("", total=2 * len(options.contenders) * len(options.cases))
-            for number, case in enumerate(options.cases, 1):
+            task = progress.add_task("", total=2 * len(options.contenders) * sum(map(len, options.cases)))
+            for number, together in enumerate(options.cases, 1):
                 if not errors.is_terminal:
-                    print(f"[{number}/{len(options.cases)}] {case}", file=sys.stderr, flush=True)
+                    names = " & ".join(map(str, together))
+                    print(f"[{number}/{len(options.cases)}] {names}", file=sys.stderr, flush=True)
 
                 def tick(text: str) -> None:
                     progress.update(task, advance=1, description=text)
 
-                run_case(
-                    case,
+                run_cases(
+                    together,
                     options.contenders,
                     options.device,
                     options.repeats,

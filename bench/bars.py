@@ -1,7 +1,7 @@
 """python -m bench.bars RESULT.json...: what we mean to reach, beside what a run of python -m bench measured.
 
-The runs: --cases all --backend torch,sdpa:flash,sdpa:memory-efficient,sdpa:default, with SDPA_FORCE_ARCH=80 where the
-chip has a newer path; and --cases float32 --tf32.
+The runs: --cases "$(python -m bench.bars --cases)" --backend torch,sdpa:flash,sdpa:memory-efficient,sdpa:default, with
+SDPA_FORCE_ARCH=80 where the chip has a newer path; and --cases float32 --tf32.
 """
 
 from __future__ import annotations
@@ -110,17 +110,33 @@ def line(bar: Bar, us: dict[tuple[str, str, str, bool], float]) -> str:
     return f"| {name} | {figures} | {'yes' if is_met else 'no'} |"
 
 
+def cases(bars: list[Bar]) -> str:
+    """What python -m bench --cases is given for them; those that are compared with each other are timed in turn."""
+    groups: dict[Case, list[Case]] = {}
+    for bar in bars:
+        leader = bar.other or bar.case
+        groups.setdefault(leader, [leader]).append(bar.case)
+    return ",".join(" & ".join(dict.fromkeys(map(str, group))) for group in groups.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.bars", description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--cases", action="store_true", help="print the cases to measure, and stop")
+    parser.add_argument("--group", choices=BARS, action="append", help="these alone (default: all)")
+    options = parser.parse_args()
+    groups = {name: BARS[name] for name in options.group or BARS}
+    if options.cases:
+        print(cases([bar for bars in groups.values() for bar in bars if not bar.tf32]))
+        return
     us: dict[tuple[str, str, str, bool], float] = {}
-    for path in parser.parse_args().results:
+    for path in options.results:
         content = json.loads(path.read_text())
         tf32 = content["environment"]["float32_matmul_precision"] != "highest"
         for r in content["records"]:
             if r["us"] is not None:
                 us[r["name"], r["library"], r["backend"], tf32] = r["us"]
-    for group, bars in BARS.items():
+    for group, bars in groups.items():
         rows = [row for row in (line(bar, us) for bar in bars) if row]
         met = sum(row.endswith("yes |") for row in rows)
         print(f"## {group}: {met} of {len(rows)} met, {len(bars) - len(rows)} not measured\n")

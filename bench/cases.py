@@ -238,10 +238,13 @@ GROUPS["all"] = tuple(
 )
 
 
-def select(names: str) -> list[Case]:
-    """'seed,B4 H16 L512 D64 float16' -> cases, each once, in the order given."""
-    picked = (GROUPS.get(name) or (parse(name),) for name in (part.strip() for part in names.split(",")) if name)
-    cases = list(dict.fromkeys(case for group in picked for case in group))
+def select(names: str) -> list[tuple[Case, ...]]:
+    """'seed,B4 H16 L512 D64 float16' -> cases, each once, in the order given; those joined by & come together."""
+    picked: list[tuple[Case, ...]] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        group = GROUPS.get(name)
+        picked += [(case,) for case in group] if group else [tuple(map(parse, name.split("&")))]
+    cases = list(dict.fromkeys(picked))
     if not cases:
         raise ValueError(f"no case in '{names}'")
     return cases

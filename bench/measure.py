@@ -397,8 +397,8 @@ def _lines(caught: list[warnings.WarningMessage]) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts))
 
 
-def run_case(
-    case: Case,
+def run_cases(
+    cases: tuple[Case, ...],
     contenders: list[Contender],
     device: torch.device,
     repeats: int,
@@ -407,36 +407,40 @@ def run_case(
     records: list[Record],
     host: bool = False,
 ) -> None:
-    """Adds a record for each contender, also when it is stopped half-way. tick is called twice for each."""
+    """Adds a record for each case and contender, also when it is stopped half-way. tick is called twice for each."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the last case left cached may not fit this one's sizes
-    sets: list[Inputs] = []
-    runs = [Run(case, contender, sets, device, host) for contender in contenders]
+    runs: list[Run] = []
+    active: list[Run] = []
     try:
-        try:
-            sets.append(make_inputs(case, device))
-            if device.type == "cuda":
-                # Enough sets that the next one's data has left L2; a CPU keeps one, as its caches would after a matmul.
-                cache = torch.cuda.get_device_properties(device).L2_cache_size
-                sets += [make_inputs(case, device) for _ in range(min(64, math.ceil(cache / sets[0].nbytes)))]
-            reference = None if case.dropout else Reference(case, sets[0])
-        except torch.cuda.OutOfMemoryError as error:
-            for run in runs:
-                run.fail(error, ["The inputs or the reference did not fit."])
-            return
-        active = []
-        for run in runs:
-            tick(f"{case}: {run.contender}")
-            run.prepare(reference, seconds / repeats)
-            if run.record.reason is None:
-                active.append(run)
-            else:
+        for case in cases:
+            sets: list[Inputs] = []
+            own = [Run(case, contender, sets, device, host) for contender in contenders]
+            runs += own
+            try:
+                sets.append(make_inputs(case, device))
+                if device.type == "cuda":
+                    # Enough sets that the next one's data has left L2; a CPU keeps one, as its caches would after a
+                    # matmul.
+                    cache = torch.cuda.get_device_properties(device).L2_cache_size
+                    sets += [make_inputs(case, device) for _ in range(min(64, math.ceil(cache / sets[0].nbytes)))]
+                reference = None if case.dropout else Reference(case, sets[0])
+            except torch.cuda.OutOfMemoryError as error:
+                for run in own:
+                    run.fail(error, ["The inputs or the reference did not fit."])
+                continue
+            for run in own:
                 tick(f"{case}: {run.contender}")
+                run.prepare(reference, seconds / repeats)
+                if run.record.reason is None:
+                    active.append(run)
+                else:
+                    tick(f"{case}: {run.contender}")
         while active:
             # One sample each in turn, so that a clock or a temperature that moves, moves for all.
             for run in list(active):
                 if run.advance(repeats, seconds):
                     active.remove(run)
-                    tick(f"{case}: {run.contender}")
+                    tick(f"{run.case}: {run.contender}")
     finally:
         records.extend(run.finish() for run in runs)
