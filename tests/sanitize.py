@@ -60,6 +60,9 @@ def calls(few):
         if not few:
             yield FLASH, 86, BRAIN, D, 200, 260, 5, "causal"
             yield FLASH, None, BRAIN, D, 130, 200, 3, "plain", False, True
+    for D in (64, 80, 128, 192, 256):  # where a multiprocessor of these chips has room for other blocks
+        kinds = ("causal", "dropout") if few else ("causal", "bool", "bias", "dropout", "padding")
+        yield from ((FLASH, path, BRAIN, D, 200, 260, MANY_HEADS, kind) for path in (80, 86) for kind in kinds)
     for D in (160, 256) if few else (64, 128, 160, 256):
         kinds = ("plain", "bias") if few else ("plain", "bool", "bias", "dropout")
         yield from ((FLASH, 75, HALF, D, 200, 140, 3, kind) for kind in kinds)

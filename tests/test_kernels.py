@@ -156,8 +156,8 @@ def tensors_of(call, dtype, grad=True, B=2):
     return made, make(*shape, dtype=getattr(torch, call["mask"]), device="cuda", grad=grad)
 
 
-def check_call(which, dtype, call, grad=True):
-    tensors, mask = tensors_of(call, dtype, grad)
+def check_call(which, dtype, call, grad=True, B=2):
+    tensors, mask = tensors_of(call, dtype, grad, B)
     kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
     check(which, *tensors, mask, **kwargs)
 
@@ -198,6 +198,16 @@ def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
     use_path(FLASH, 80, dtype)
     monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
     check_call(FLASH, dtype, call)
+
+
+@pytest.mark.parametrize("chip, dtype, call", SMALLER_CHIPS[::2])
+def test_more_blocks_than_multiprocessors(use_path, monkeypatch, chip, dtype, call):
+    """Where a multiprocessor of a smaller chip has room for one block of four warps, it takes one of eight."""
+    use_path(FLASH, 80, dtype)
+    monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
+    heads = 4  # of tensors_of
+    B = 1 + torch.cuda.get_device_properties("cuda").multi_processor_count // heads
+    check_call(FLASH, dtype, call, grad=False, B=B)
 
 
 @pytest.mark.parametrize("kind", ["plain", "causal", "padding", "holes"])

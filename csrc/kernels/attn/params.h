@@ -67,4 +67,14 @@ struct BackwardParams : ForwardParams {
   bool deterministic = false;
 };
 
+// How many blocks a multiprocessor of the architecture whose code path is taken has room for, each with `bytes` of
+// shared memory. One takes 1 KB more than it asks for, and one alone may have all but that.
+inline int blocks_that_fit(const ForwardParams& p, int bytes) {
+  return (p.shared_bytes + 1024) / (bytes + 1024);
+}
+template <class Flash>
+bool fits_twice(const ForwardParams& p) {
+  return blocks_that_fit(p, Flash::kSharedBytes) >= 2;
+}
+
 }  // namespace sdpa

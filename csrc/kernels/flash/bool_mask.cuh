@@ -14,7 +14,7 @@ namespace sdpa {
 // Forward, a bool mask that is the same for every query (key padding): in which of the first key tiles any key takes
 // part, and in which all. Read once by the whole block, so that the loop over tiles need not wait for it.
 struct TileMap {
-  static constexpr int kTiles = 8192;  // of those after that nothing is known
+  static constexpr int kTiles = 3072;  // of those after that nothing is known
   static constexpr int kTogether = 8;  // tiles of one entry: in the low byte any, in the high byte all
   static constexpr int kBytes = kTiles / kTogether * static_cast<int>(sizeof(uint16_t));
 

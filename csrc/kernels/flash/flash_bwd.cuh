@@ -88,7 +88,7 @@ inline cudaError_t walk_pays(const BackwardParams& p, int key_tile, int blocks_p
 template <int kHeadDim>
 struct WalkSize {
   static constexpr int kKeyTile = 128, kBlocksPerSm = kHeadDim <= 64 ? 2 : 1;
-  static constexpr int kSharedBytes = kHeadDim <= 64 ? 0 : 163 * 1024;
+  static constexpr int kSharedBytes = 163 * 1024;
 };
 // At 32 columns it has no registers for it; at 256 it was slower.
 template <class Arch, int kHeadDim, ScoreEdit kEdit>
@@ -105,21 +105,19 @@ cudaError_t narrow_backward(const BackwardParams& p, bool walks, cudaStream_t st
   if constexpr (kHeadDim <= 64 && kCanWalk<Arch, kHeadDim, kEdit>) {
     if (walks) return launch_narrow<Arch, T, kHeadDim, kEdit, Walking<Tile>>(p, stream);
   }
+  if constexpr (kHeadDim == 64 && Arch::kAsyncCopy) {
+    if (!fits_twice<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>>(p)) {
+      return launch_narrow<Arch, T, kHeadDim, kEdit, NarrowTile<Arch, kHeadDim, kEdit, false, true>>(p, stream);
+    }
+  }
   if constexpr (has_mask(kEdit) && kHeadDim <= 64 && Arch::kAsyncCopy) {
     using SharedTile = NarrowTile<Arch, kHeadDim, kEdit, true>;
     using Plain = NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>;
     using Shared = NarrowBackward<Arch, T, kHeadDim, SharedTile, kEdit>;
-    if (Shared::MaskTile::fits(p)) {
-      int device = 0, limit = 0;
-      if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-      const auto error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-      if (error != cudaSuccess) return error;
-      constexpr int kReserved = 1024;  // bytes of every block
-      const auto blocks = [&](int bytes) { return std::min(limit / (bytes + kReserved), Tile::kBlocksPerSm); };
-      // The mask's place must not cost a multiprocessor a block, as it would on sm80.
-      if (blocks(Shared::kSharedBytes) == blocks(Plain::kSharedBytes)) {
-        return launch_narrow<Arch, T, kHeadDim, kEdit, SharedTile>(p, stream);
-      }
+    // The mask's place must not cost a multiprocessor a block, as it would on sm80.
+    const auto blocks = [&](int bytes) { return std::min(blocks_that_fit(p, bytes), Tile::kBlocksPerSm); };
+    if (Shared::MaskTile::fits(p) && blocks(Shared::kSharedBytes) == blocks(Plain::kSharedBytes)) {
+      return launch_narrow<Arch, T, kHeadDim, kEdit, SharedTile>(p, stream);
     }
   }
   return launch_narrow<Arch, T, kHeadDim, kEdit, Tile>(p, stream);

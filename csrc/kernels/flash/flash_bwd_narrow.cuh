@@ -23,15 +23,16 @@ namespace sdpa {
 // dK and dV take kKeyBlocks * kHeadDim registers of a lane; the rest follows from that. A long key tile keeps the
 // number of float32 additions to dQ low: every key tile adds to every dQ row once.
 // kSharedMask_: the mask is one that SharedMask takes.
-template <class Arch, int kHeadDim, ScoreEdit kEdit, bool kSharedMask_ = false>
+// kSmall: a multiprocessor of 100 KB has room for two blocks at 64 columns.
+template <class Arch, int kHeadDim, ScoreEdit kEdit, bool kSharedMask_ = false, bool kSmall = false>
 struct NarrowTile {
   static constexpr bool kSharedMask = kSharedMask_, kWalks = false;
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
-  static constexpr int kQueries = 64;
+  static constexpr int kQueries = kSmall ? 32 : 64;
   // Queries whose scores are in registers at once: 32 where there is room.
   static constexpr int kStep = has_mask(kEdit) ? 16 : 32;
-  static constexpr int kStages = 2, kGradStages = kHeadDim <= 64 ? 2 : 1;  // of queries and of dO
+  static constexpr int kStages = kSmall ? 1 : 2, kGradStages = kHeadDim <= 64 && !kSmall ? 2 : 1;  // of queries, of dO
   static constexpr bool kValueInRegisters = kHeadDim > 64;  // there is no room for it in 99 KB of shared memory
   static constexpr int kEarlyMaskWords = kHeadDim > 32 ? kKeyBlocks : kEdit == ScoreEdit::kMaskGradient ? 0 : 1;
   // Dropout: whether its numbers are drawn before the scores are there, how (see DroppedBlock), and whether what a
@@ -44,7 +45,7 @@ struct NarrowTile {
 // Head dims to 64. There are 64 KB of shared memory, and copies go through registers, which a second stage would not
 // hide: more warps do.
 template <int kHeadDim, ScoreEdit kEdit>
-struct NarrowTile<Sm75, kHeadDim, kEdit, false> {
+struct NarrowTile<Sm75, kHeadDim, kEdit, false, false> {
   static constexpr bool kSharedMask = false, kWalks = false;
   static constexpr int kWarps = 8, kKeyBlocks = 1;
   static constexpr int kQueries = kHeadDim <= 32 ? 128 : 64;

@@ -1,7 +1,7 @@
 // Flash attention forward on mma.sync: one block for each query tile of a head, a loop over key tiles.
 //
 // A warp owns whole query rows: scores, softmax and output of a row never leave it. Keys and values come through a
-// two-stage ring of cp.async copies, with one barrier per key tile (without cp.async: one stage, two barriers). P goes
+// two-stage ring of cp.async copies, with one barrier per key tile, or through fewer places with two (kPlaces). P goes
 // from the accumulators of Q K^T straight into the operand registers of P V. Head dims over 128: flash_fwd_wide.cuh,
 // but on sm75 they are here, with one place for keys and values in turn.
 #pragma once
@@ -33,17 +33,30 @@ namespace sdpa {
 // 32 rows a warp rather than 16: a key or value fragment read from shared memory then feeds twice the mma, and shared
 // memory bandwidth is what a 16-row warp runs out of first. But where copies go through registers, more warps hide
 // them better, and a second stage would not.
-template <class Arch, int kHeadDim, ScoreChange kChange>
+//
+// kPlaces, of tiles of keys or values in shared memory, so that a multiprocessor has room for eight warps:
+//   4: two stages of each.
+//   3: in rotation. A tile's values are copied while its scores are made, the next keys all the while. At 128 columns
+//      two blocks take 162 KB, an A100's all, and four places were no faster.
+//   2: one each, copied while the other is multiplied. At 128 columns it is for twice the warps, in 99 KB.
+//   1: for the keys, then for the values.
+// Without cp.async nothing is copied meanwhile, and there are 2, or 1 over 128 columns.
+template <class Arch, int kHeadDim>
+constexpr int kDefaultPlaces = !Arch::kAsyncCopy                  ? (kHeadDim > 128 ? 1 : 2)
+                               : kHeadDim > 64 && kHeadDim <= 128 ? 3
+                                                                  : 4;
+
+template <class Arch, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
 struct FlashForwardTile {
-  static constexpr bool kOnePlace = !Arch::kAsyncCopy && kHeadDim > 128;  // for a tile's keys, then for its values
-  static constexpr int kWarps = Arch::kAsyncCopy || kOnePlace ? 4 : 8;
+  static constexpr bool kOnePlace = kPlaces == 1;
+  static constexpr int kWarps = kPlaces == 2 && kHeadDim <= 128 ? 8 : 4;
   static constexpr int kRowBlocks = Arch::kAsyncCopy ? 2 : 1;  // 16-row blocks of a warp
   static constexpr int kKeys = kHeadDim > 128 && !kOnePlace ? 32 : 64;
-  static constexpr int kStages = Arch::kAsyncCopy ? 2 : 1;  // of keys and of values
+  static constexpr int kStages = kPlaces == 4 ? 2 : 1;  // of keys and of values
   // Keys whose scores are in registers at once, and a row's float mask entries in registers meanwhile.
   static constexpr bool kIsWideDropout = kChange == ScoreChange::kDropout && kHeadDim > 64;
   static constexpr int kStep =
-      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kIsWideDropout && (kIsBeforeSm90 || !Arch::kAsyncCopy))
+      (kChange == ScoreChange::kFloatMask && kHeadDim != 64) || (kIsWideDropout && kHeadDim == 128 && kPlaces == 2)
           ? 32
           : kKeys;
   static constexpr int kEarlyMaskWords = kHeadDim == 64 ? 8 : 4;
@@ -52,20 +65,17 @@ struct FlashForwardTile {
   static constexpr bool kQueryInRegisters = kHeadDim == 32   ? kIsPlain
                                             : kHeadDim == 64 ? Arch::kAsyncCopy && kChange != ScoreChange::kFloatMask
                                                              : kHeadDim == 80 && kIsPlain;
-  static constexpr int kBlocksPerSm = Arch::kAsyncCopy ? (kHeadDim <= 32 ? 3 : 2) : 1;
-  // After which k-step of Q K^T the next tile's copies are issued: what does not spill at 128.
-  static constexpr int kKeysAfter = kHeadDim > 64 && kChange == ScoreChange::kFloatMask ? 1 : 0;
-  static constexpr int kValuesAfter = kHeadDim <= 32                                                          ? 0
-                                      : kHeadDim <= 64                                                        ? 1
-                                      : kChange == ScoreChange::kFloatMask                                    ? 2
-                                      : kChange == ScoreChange::kDropout && kHeadDim == 128 && kStep == kKeys ? 6
-                                                                                                              : 4;
+  static constexpr int kBlocksPerSm = !Arch::kAsyncCopy || kWarps == 8 ? 1 : kHeadDim <= 32 ? 3 : 2;
+  // One copy is issued after the first k-step of Q K^T, the other after this one: what does not spill at 128.
+  static constexpr int kOtherCopyAfter = kHeadDim <= 32                       ? 0
+                                         : kHeadDim <= 64                     ? 1
+                                         : kChange == ScoreChange::kFloatMask ? 2
+                                                                              : 4;
+  static constexpr bool kKeysAmongValues = kPlaces == 3 && kIsWideDropout;  // they are copied after P V's first 32 keys
   // What else keeps variants from spilling.
   static constexpr bool kStreamsQuery = Arch::kAsyncCopy && kHeadDim <= (kIsPlain ? 96 : 64);
   static constexpr bool kRecomputeAddresses =
-      (kHeadDim == 96 && kChange == ScoreChange::kDropout) ||
-      kHeadDim == 128 && (kChange == ScoreChange::kDropout || kChange == ScoreChange::kKeyPadding ||
-                          ((kChange == ScoreChange::kBoolMask || kChange == ScoreChange::kNone) && kIsBeforeSm90));
+      (kHeadDim == 96 && kChange == ScoreChange::kDropout) || (kHeadDim == 128 && Arch::kAsyncCopy);
   static constexpr bool kFewAddresses = kIsWideDropout && kStep == kKeys;
   // See OnlineSoftmax. With dropout it spills at 128 on sm80.
   static constexpr bool kFewInstructions =
@@ -73,9 +83,10 @@ struct FlashForwardTile {
   static constexpr bool kKeepsDraws = kHeadDim <= 64;  // what they have in common, in registers, over the loop
 };
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
 struct FlashForward {
-  using Tile = FlashForwardTile<Arch, kHeadDim, kChange>;
+  using Tile = FlashForwardTile<Arch, kHeadDim, kChange, kPlaces>;
+  static constexpr bool kRotates = kPlaces == 3, kInTurn = Arch::kAsyncCopy && kPlaces == 2;
   static constexpr int kThreads = Tile::kWarps * 32;
   static constexpr int kRowBlocks = Tile::kRowBlocks;
   static constexpr int kWarpRows = kRowBlocks * 16;
@@ -89,7 +100,8 @@ struct FlashForward {
 
   // Of a row in shared memory.
   static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : kHeadDim <= 128 ? 128 : kHeadDim <= 192 ? 192 : 256;
-  static constexpr bool kFewAddresses = (kBool && kHeadDim < 128) || kFloat || kCols >= 192 || Tile::kFewAddresses;
+  static constexpr bool kFewAddresses =
+      (kBool && (kHeadDim < 128 || Arch::kAsyncCopy)) || kFloat || kCols >= 192 || Tile::kFewAddresses;
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch, kFewAddresses>;
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>,
@@ -99,13 +111,13 @@ struct FlashForward {
   using MaskTile = PaddingTile<kKeyTile>;
   // Of the mask's tiles. Without cp.async there is no room for it; kBoolMask at 128 spills with it on sm80.
   static constexpr bool kHasMap = (kPadding || (kBool && kHeadDim != 128)) && Arch::kAsyncCopy;
-  static constexpr int kMapOffset = QueryTile::kBytes + (Tile::kOnePlace ? 1 : 2) * kStages * KeyTile::kBytes;
+  static constexpr int kMapOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
   static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
   static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
-  static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
+  static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? 2 * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
-  static_assert(Tile::kKeysAfter < kSteps && Tile::kValuesAfter < kSteps);
+  static_assert(Tile::kOtherCopyAfter < kSteps);
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= kCols && kKeyTile % 16 == 0);
   static_assert(!(kBool || kFloat) || kKeyTile == 64);  // a lane's keys are one block column of the dropout's numbers
 
@@ -115,13 +127,14 @@ struct FlashForward {
   }
 };
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange>
-__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThreads,
-                                  FlashForwardTile<Arch, kHeadDim, kChange>::kBlocksPerSm)
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
+__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlaces>::kThreads,
+                                  FlashForwardTile<Arch, kHeadDim, kChange, kPlaces>::kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                          const __grid_constant__ Dropout dropout, const float scale_log2) {
-  using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
+  using Flash = FlashForward<Arch, T, kHeadDim, kChange, kPlaces>;
   using Tile = typename Flash::Tile;
+  constexpr bool kRotates = Flash::kRotates, kInTurn = Flash::kInTurn;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
   constexpr int kThreads = Flash::kThreads, kStep = Tile::kStep;
@@ -140,13 +153,15 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   int key_head = head / static_cast<int>(p.group);
   const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
 
-  // Shared memory: query | key stages | value stages. The output leaves through the query's place.
+  // Shared memory: query | key stages | value stages, or places. The output leaves through the query's place.
   const uint32_t base = shared_address(shared);
   const typename Flash::QueryTile query_tile{base};
   const auto key_tile = [&](int stage) {
     return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
   };
-  const auto value_tile = [&](int stage) { return key_tile(Tile::kOnePlace ? stage : Flash::kStages + stage); };
+  const auto value_tile = [&](int stage) {
+    return key_tile(Tile::kOnePlace || kRotates ? stage : Flash::kStages + stage);
+  };
   using Stream = typename Flash::Stream;
   const HeadPlace place{base + Flash::kPlaceOffset};
   if constexpr (Flash::kHasPlace) {
@@ -172,12 +187,15 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     const HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
     value_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(value, tile * kKeyTile);
   };
-  const auto fetch = [&](int tile, int stage) {
+  const auto fetch_keys = [&](int tile, int stage) {
     if constexpr (Flash::kHasPlace) batch = place.batch(), key_head = place.key_head();
     if constexpr (Tile::kOnePlace) asm volatile("" : "+r"(batch), "+r"(key_head));
     const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E);
     key_tile(stage).template fill<kThreads, typename Flash::KeyOrder, true>(key, tile * kKeyTile);
-    if constexpr (!Tile::kOnePlace) fetch_values(tile, stage);
+  };
+  const auto fetch = [&](int tile, int stage) {
+    fetch_keys(tile, stage);
+    if constexpr (Flash::kStages == 2 || (!Arch::kAsyncCopy && !Tile::kOnePlace)) fetch_values(tile, stage);
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
@@ -218,7 +236,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   if (first_tile * kKeyTile < key_end) {
     if (Flash::kHasPlace && place.streams()) {
       stream_keys(first_tile, 0, true);
-      stream_values(first_tile, 0, true);
+      if constexpr (Flash::kStages == 2) stream_values(first_tile, 0, true);
     } else {
       fetch(first_tile, 0);
     }
@@ -265,9 +283,27 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
 #pragma unroll
     for (auto& x : draws.third) asm volatile("" : "+r"(x));
   }
+  [[maybe_unused]] int first_place = 0;
   for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1) {
     const int k0 = tile * kKeyTile;
+    // kRotates: the place of this tile's keys (0), values (1) and the next keys (2).
+    if constexpr (Flash::kBool || Flash::kHasMap) {
+      if (tile != first_tile) first_place = first_place == 0 ? 2 : first_place - 1;
+    }
+    const auto place_of = [&](int item) {
+      if constexpr (Flash::kBool || Flash::kHasMap) {
+        const int i = first_place + item;
+        return i < 3 ? i : i - 3;
+      }
+      unsigned i = tile;  // no tile is left out
+      asm volatile("" : "+r"(i));
+      i = 2 * i + item;
+      return static_cast<int>(i - __umulhi(i, 0xaaaaaaabu) / 2 * 3);
+    };
     const int stage = Flash::kStages == 1 ? 0 : Flash::kHasMap ? parity : tile % Flash::kStages;
+    const auto key_stage = [&] { return kRotates ? place_of(0) : stage; };
+    const auto value_stage = [&] { return kRotates ? place_of(1) : stage; };
+    const auto next_key_stage = [&] { return kRotates ? place_of(2) : kInTurn ? 0 : stage ^ 1; };
     const bool streams = Flash::kHasPlace && place.streams();
     next = next_tile(tile + 1);
     const bool next_passes = Flash::kPadding && map.all(next);
@@ -275,14 +311,33 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     wait_for_copies<Arch>();
     __syncthreads();
     const bool has_next = next * kKeyTile < key_end, streams_next = streams && has_next;
-    if (Flash::kStages == 2 && has_next) {
-      if (!streams) fetch(next, stage ^ 1);
-      fetch_mask(next, stage ^ 1, next_passes);
+    if constexpr (kRotates || kInTurn) {
+      if (!streams) fetch_values(tile, value_stage());
+    }
+    if (Arch::kAsyncCopy && has_next) {
+      if constexpr (Flash::kStages == 2) {
+        if (!streams) fetch(next, stage ^ 1);
+      } else if constexpr (kRotates) {
+        if (!streams) fetch_keys(next, next_key_stage());
+      }
+      fetch_mask(next, parity ^ 1, next_passes);
     }
     if constexpr (Flash::kBool && Flash::kStages == 2) {
       stream_keys(next, stage ^ 1, streams_next);
       stream_values(next, stage ^ 1, streams_next);
+    } else if constexpr (Flash::kBool && Arch::kAsyncCopy) {
+      stream_values(tile, value_stage(), streams);
+      cp_async_end_group();
+      if constexpr (kRotates) stream_keys(next, next_key_stage(), streams_next);
     }
+    // The values have landed; or, if kInTurn, every warp is done with the keys, and the next ones take their place.
+    const auto turn_to_values = [&](int step) {
+      if constexpr (kRotates || kInTurn) {
+        if (step == 0) cp_async_wait_groups<0>();
+        if (step == 0 || kInTurn) __syncthreads();
+        if (kInTurn && step == kKeyTile / kStep - 1 && has_next && !streams) fetch_keys(next, 0);
+      }
+    };
 
     const bool drops = kHasMask && p.dropout_p > 0.f;
     const auto turn_to_next = [&] {
@@ -292,7 +347,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
         passes = passes_all(next);
         if (!passes) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
       }
-      if constexpr (Flash::kStages == 1) {
+      if constexpr (!Arch::kAsyncCopy) {
         __syncthreads();
         if (has_next) fetch(next, 0);
       }
@@ -300,6 +355,8 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
     if constexpr (Flash::kBool) {
       if (!passes) bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
       if (!passes && !bool_mask.any()) {  // of this warp's scores
+        turn_to_values(0);
+        if constexpr (kInTurn) stream_keys(next, 0, streams_next);
         turn_to_next();
         continue;
       }
@@ -316,7 +373,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
 
       // S = Q K^T
       float scores[kRowBlocks][kStep / 8][4] = {};
-      const auto keys = key_tile(stage);
+      const auto keys = key_tile(key_stage());
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t (&q)[kRowBlocks][4] = query_registers[Tile::kQueryInRegisters ? k : 0];
@@ -336,8 +393,16 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
         }
         // The next tile's copies are issued while the tensor cores are busy.
         if constexpr (Flash::kStages == 2 && !Flash::kBool) {
-          if (k == Tile::kKeysAfter) stream_keys(next, stage ^ 1, streams_next && step == 0);
-          if (k == Tile::kValuesAfter) stream_values(next, stage ^ 1, streams_next && step == 0);
+          if (k == 0) stream_keys(next, stage ^ 1, streams_next && step == 0);
+          if (k == Tile::kOtherCopyAfter) stream_values(next, stage ^ 1, streams_next && step == 0);
+        } else if constexpr (Arch::kAsyncCopy && !Flash::kBool) {
+          if (k == 0) {
+            stream_values(tile, value_stage(), streams && step == 0);
+            cp_async_end_group();
+          }
+          if (kRotates && !Tile::kKeysAmongValues && k == Tile::kOtherCopyAfter) {
+            stream_keys(next, next_key_stage(), streams_next && step == 0);
+          }
         }
       }
 
@@ -351,7 +416,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
         if (!passes) bool_mask.apply(scores);
       }
       if constexpr (Flash::kPadding) {
-        if (!passes) mask_tile(stage).apply(scores);
+        if (!passes) mask_tile(parity).apply(scores);
       }
       if constexpr (Flash::kFloat) {
         asm volatile("" : "+r"(head), "+r"(batch));
@@ -391,8 +456,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
       }
 
       if constexpr (Tile::kOnePlace) __syncthreads();
+      turn_to_values(step);
       // O += P V. Each 16 keys' exp2 stand right before their mma, so that the two pipes overlap.
-      const auto values = value_tile(stage);
+      const auto values = value_tile(value_stage());
       DroppedBlock<false, false, true> dropped;  // of 32 keys
 #pragma unroll
       for (int k = 0; k < kStep / 16; ++k) {
@@ -418,6 +484,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
           if constexpr (kChange == ScoreChange::kDropout) dropped.drop_paired(probability[m], dropout, m, k % 2);
         }
         add_products<Product>(output, probability, values, lane_offset, step * (kStep / 16) + k);
+        if (kInTurn ? k == 0 : Tile::kKeysAmongValues && k == 1) {
+          stream_keys(next, next_key_stage(), streams_next && (kRotates ? step == 0 : step == kKeyTile / kStep - 1));
+        }
       }
     }
     turn_to_next();
@@ -449,15 +518,29 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange>::kThr
   query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
 }
 
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
+cudaError_t launch_with_places(const ForwardParams& p, cudaStream_t stream) {
+  return launch_flash_forward<FlashForward<Arch, T, kHeadDim, kChange, kPlaces>,
+                              flash_forward_kernel<Arch, T, kHeadDim, kChange, kPlaces>, T>(p, stream);
+}
+
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
-  return launch_flash_forward<FlashForward<Arch, T, kHeadDim, kChange>,
-                              flash_forward_kernel<Arch, T, kHeadDim, kChange>, T>(p, stream);
+  if constexpr (Arch::kAsyncCopy && kHeadDim > 64) {
+    using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
+    bool takes_turns = !fits_twice<Flash>(p) && fits_twice<FlashForward<Arch, T, kHeadDim, kChange, 2>>(p);
+    if constexpr (kHeadDim <= 128) {
+      if (const auto error = wants_eight_warps<Flash, T>(p, takes_turns); error != cudaSuccess) return error;
+    }
+    if (takes_turns) return launch_with_places<Arch, T, kHeadDim, kChange, 2>(p, stream);
+  }
+  return launch_with_places<Arch, T, kHeadDim, kChange>(p, stream);
 }
 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (Arch::kAsyncCopy) {
+    const bool can_stream = fits_twice<FlashForwardStream<Arch, T, kHeadDim>>(p);
     if constexpr (kHeadDim == 96 || kHeadDim == 128) {  // at 64 columns it is hardly faster
       if (streams_forward(p, kMaxPosition)) {
         bool done;
@@ -468,7 +551,7 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
         if (done || error != cudaSuccess) return error;
       }
     }
-    if (streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
+    if (can_stream && streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
   }
   if (p.mask_kind == MaskKind::kNone) {
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)

@@ -26,6 +26,8 @@ constexpr int64_t kMostStreamedKeys = 1024;
 
 template <class Arch, class T, int kHeadDim>
 struct FlashForwardStream {
+  static constexpr int kPlaces = kHeadDim <= 64 ? 4 : 3;  // of tiles of keys or values, as in flash_fwd.cuh
+  static constexpr bool kRotates = kPlaces == 3;
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
   static constexpr int kRowBlocks = 2, kWarpRows = kRowBlocks * 16, kQueryTile = kWarps * kWarpRows;
   static constexpr int kKeyTile = 64;
@@ -33,10 +35,10 @@ struct FlashForwardStream {
   static constexpr bool kQueryInRegisters = kHeadDim <= 64;
   static constexpr int kBlocksPerSm = kHeadDim <= 32 ? 3 : 2;
   static constexpr bool kTurnsRound = false;
-  static constexpr bool kTriesZero =  // see OnlineSoftmax; at 32 it is 1 % slower, and on sm80 128 columns spill
+  static constexpr bool kTriesZero =  // see OnlineSoftmax; at 32 it is 1 % slower, and 128 columns may spill
       kHeadDim > 32 && !(kHeadDim == 128 && kIsBeforeSm90);
-  // After which k-step of Q K^T the next tile's copies are issued.
-  static constexpr int kKeysAfter = 0, kValuesAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : 4;
+  // One copy is issued after the first k-step of Q K^T, the other after this one.
+  static constexpr int kOtherCopyAfter = kHeadDim <= 32 ? 0 : kHeadDim <= 64 ? 1 : kHeadDim == 128 ? 7 : 4;
 
   static constexpr int kCols = kHeadDim <= 64 ? kHeadDim : 128;  // of a row in shared memory
   using QueryTile = SharedTile<T, kQueryTile, kCols, Arch>;
@@ -44,7 +46,7 @@ struct FlashForwardStream {
   static constexpr bool kRecomputeAddresses = kHeadDim == 128 && kIsBeforeSm90;  // it spills otherwise
   using Stream = TileStream<KeyTile, kThreads, InOrder, kHeadDim, kRecomputeAddresses>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
-  static constexpr int kPlaceOffset = QueryTile::kBytes + 4 * KeyTile::kBytes;
+  static constexpr int kPlaceOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
   static constexpr int kBarrierOffset = kPlaceOffset + 2 * WorkPlace::kBytes;
   using Barrier = SharedBarrier<Arch>;
   static constexpr int kSharedBytes = kBarrierOffset + Barrier::kBytes;
@@ -60,15 +62,17 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
   using Flash = FlashForwardStream<Arch, T, kHeadDim>;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
+  constexpr bool kRotates = Flash::kRotates;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  // Shared memory: query | two stages of keys | two of values | what is known of this query tile and the next.
+  // Shared memory: query | two stages of keys | two of values (or places in rotation) | what is known of this query
+  // tile and the next.
   const uint32_t base = shared_address(shared);
   const typename Flash::QueryTile query_tile{base};
   const auto key_tile = [&](int stage) {
     return typename Flash::KeyTile{base + Flash::QueryTile::kBytes + stage * Flash::KeyTile::kBytes};
   };
-  const auto value_tile = [&](int stage) { return key_tile(2 + stage); };
+  const auto value_tile = [&](int stage) { return key_tile(!kRotates ? 2 + stage : stage == 2 ? 0 : stage + 1); };
   const auto place = [&](int slot) { return WorkPlace{base + Flash::kPlaceOffset + slot * WorkPlace::kBytes}; };
   const auto find_work = [&](int slot, unsigned number) {
     int tile, batch_head;
@@ -102,9 +106,9 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
   __syncthreads();
   stream_query(0);
   stream_keys(0, 0, 0, true);
-  stream_values(0, 0, 0, true);
+  if constexpr (!kRotates) stream_values(0, 0, 0, true);
 
-  int parity = 0;
+  int stage = 0;  // of the keys
   for (unsigned number = blockIdx.x, slot = 0; number < works; number += gridDim.x, slot ^= 1) {
     const int turn = slot;
     const int q0 = place(slot).first_row();
@@ -118,9 +122,10 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
     OnlineSoftmax<kRowBlocks, true> softmax(scale_log2);
     float output[kRowBlocks][kHeadDim / 8][4] = {};
 
-    for (int k0 = 0; k0 < key_end; k0 += kKeyTile, parity ^= 1) {
+    for (int k0 = 0; k0 < key_end; k0 += kKeyTile) {
       const bool is_last = k0 + kKeyTile >= key_end, has_next = !(is_last && is_last_work);
-      const int stage = parity, next_slot = is_last ? slot ^ 1 : slot, next = is_last ? 0 : k0 / kKeyTile + 1;
+      const int next_slot = is_last ? slot ^ 1 : slot, next = is_last ? 0 : k0 / kKeyTile + 1;
+      const int next_stage = !kRotates ? stage ^ 1 : stage == 0 ? 2 : stage - 1;
       // This tile has landed, and every warp is done with the one before, whose stage is filled next.
       wait_for_copies<Arch>();
       __syncthreads();
@@ -152,8 +157,16 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
             }
           },
           [&](int k) {
-            if (k == Flash::kKeysAfter) stream_keys(next_slot, next, stage ^ 1, has_next);
-            if (k == Flash::kValuesAfter) stream_values(next_slot, next, stage ^ 1, has_next);
+            if constexpr (kRotates) {
+              if (k == 0) {
+                stream_values(slot, k0 / kKeyTile, stage, true);
+                cp_async_end_group();
+              }
+              if (k == Flash::kOtherCopyAfter) stream_keys(next_slot, next, next_stage, has_next);
+            } else {
+              if (k == 0) stream_keys(next_slot, next, next_stage, has_next);
+              if (k == Flash::kOtherCopyAfter) stream_values(next_slot, next, next_stage, has_next);
+            }
           });
       if (is_last) {
         keys_done.arrive_warp();
@@ -163,7 +176,12 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
       if (range.is_partial(q0, k0)) hide_unseen(scores, range.limit(q0, k0), warp_block);
       softmax.template see<Flash::kTriesZero>(scores, output, k0 == 0);
 
+      if constexpr (kRotates) {  // the values have landed
+        cp_async_wait_groups<0>();
+        __syncthreads();
+      }
       add_values<T, Product>(output, softmax, scores, value_tile(stage), lane_offset);
+      stage = next_stage;
     }
 
     // O and LSE. The output leaves through the place of the last keys, once every warp is done with them.
@@ -172,7 +190,8 @@ __global__ void __launch_bounds__(FlashForwardStream<Arch, T, kHeadDim>::kThread
     write_statistics(factors, softmax, p, place(slot).batch_head(), warp_row);
     keys_done.wait(turn);
     write_output<T>(
-        output, factors, key_tile(parity ^ 1), [&](int) { return warp; }, p, place(slot).output_row(), warp_row);
+        output, factors, key_tile(kRotates ? (stage + 1) % 3 : stage ^ 1), [&](int) { return warp; }, p,
+        place(slot).output_row(), warp_row);
   }
 }
 

@@ -39,12 +39,12 @@ struct FlashForwardWide {
   static constexpr int kSteps = kHeadDim / 16;               // k-steps of Q K^T
   static constexpr int kBlocks = kHeadDim / 16 / kSides;     // 16-column blocks of a warp's output: every kSides-th
   static constexpr int kKeyBlocks = kKeyTile / 16 / kSides;  // 16-key blocks of a warp's scores
-  static constexpr int kBlocksPerSm = kSides == 2 ? 2 : 1;
-  static constexpr int kMaxSharedBytes = kSides == 4 ? (kTeams == 1 ? 163 : 227) * 1024
-                                         : kLarge    ? 163 * 1024
-                                                     : Arch::kSharedBytes;
+  static constexpr int kBlocksPerSm = kSides == 2 && kTeams == 2 ? 2 : 1;
+  static constexpr int kMaxSharedBytes = kSides == 4                                 ? (kTeams == 1 ? 163 : 227) * 1024
+                                         : kLarge || (kTeams == 4 && kHeadDim > 192) ? 163 * 1024
+                                                                                     : Arch::kSharedBytes;
   // Whether P has a place of its own, so that only the two warps of a team wait for each other's P.
-  static constexpr bool kOwnPlace = kHeadDim <= 192 || kLarge;
+  static constexpr bool kOwnPlace = (kHeadDim <= 192 && kTeams == 2) || kLarge;
   static_assert(!kOwnPlace || kSides == 2);
   static constexpr int kEarlyMaskWords = 4;  // of a row, in registers during Q K^T
 
@@ -402,13 +402,27 @@ cudaError_t launch_wide_forward(const ForwardParams& p, cudaStream_t stream) {
                               flash_forward_wide_kernel<Arch, T, kHeadDim, kChange, kTeams, kLarge>, T>(p, stream);
 }
 
+// Blocks of four warps, or of eight if only one of those fits.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+cudaError_t launch_wide_forward_of_8_warps(const ForwardParams& p, cudaStream_t stream) {
+  using Eight = FlashForwardWide<Arch, T, kHeadDim, kChange, 4, false>;
+  bool wants_eight = false;
+  if (const auto error = wants_eight_warps<FlashForwardWide<Arch, T, kHeadDim, kChange, 2, false>, T>(p, wants_eight);
+      error != cudaSuccess) {
+    return error;
+  }
+  return wants_eight && p.shared_bytes >= Eight::kMaxSharedBytes
+             ? launch_wide_forward<Arch, T, kHeadDim, kChange, 4>(p, stream)
+             : launch_wide_forward<Arch, T, kHeadDim, kChange>(p, stream);
+}
+
 // Up to 256 columns; to 160 without mask and dropout they are flash_fwd.cuh's.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if (p.mask_kind != MaskKind::kNone) {
-    return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+    return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
   }
-  if (p.dropout_p > 0.f) return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  if (p.dropout_p > 0.f) return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   if constexpr (kHeadDim > 160) {
     // Its blocks have twice the rows of those below, and have to occupy the chip as well.
     using Large = FlashForwardWideStream<Arch, T, kHeadDim>;
@@ -426,7 +440,7 @@ cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 160) {
     return cudaErrorInvalidValue;
   } else if constexpr (kHeadDim <= 192) {
-    return launch_wide_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
+    return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
   } else {
     using Large = FlashForwardWide<Arch, T, kHeadDim, ScoreChange::kNone, 2, true>;
     return p.shared_bytes >= Large::kMaxSharedBytes

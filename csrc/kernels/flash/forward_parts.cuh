@@ -152,6 +152,15 @@ BlockOrder forward_order(const ForwardParams& p) {
   return BlockOrder::make(query_tiles, p.B * p.H, p.S * (p.E + p.Ev) * sizeof(T) / p.group);
 }
 
+// Whether blocks of eight warps pay: a multiprocessor has room for one of Flash's blocks of four, and more to do.
+template <class Flash, class T>
+cudaError_t wants_eight_warps(const ForwardParams& p, bool& wants) {
+  int multiprocessors = 0;
+  if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+  wants = !fits_twice<Flash>(p) && forward_order<Flash, T>(p).blocks() > multiprocessors;
+  return cudaSuccess;
+}
+
 // kKernel(p, order, arguments...), a block for each query tile. Flash describes the kernel.
 template <class Flash, auto kKernel, class T, class... Arguments>
 cudaError_t launch_query_tiles(const ForwardParams& p, cudaStream_t stream, const Arguments&... arguments) {
