@@ -2,8 +2,10 @@
 
     python csrc/kernels/compile_matrix.py --chips 7.5 8.0 8.6 8.9 --out bench/results/compile-matrix.md
 
-For each kernel: registers, bytes spilled, and how many of the instructions that matter its machine code holds (with
-nvdisasm, of the CUDA toolkit or the PyPI package nvidia-cuda-nvdisasm). Exits with 1 if anything failed or spilled.
+For each kernel: registers, bytes spilled, and how many of the instructions that matter its machine code and its main
+loop hold (with nvdisasm, of the CUDA toolkit or the PyPI package nvidia-cuda-nvdisasm). The main loop is the shortest
+with nine tenths of the most mma any loop has; "shared" counts its accesses to shared memory in steps of 128 bytes, and
+what is jumped over or repeated inside it counts once. Exits with 1 if anything failed or spilled.
 
 nvcc 13 knows no sm70. Its kernels are compiled by NVRTC 12, which --chips 7.0 wants in a folder:
 
@@ -47,22 +49,54 @@ def short(name: str) -> str:
     return re.sub(r"\((?!.*>).*$", "", text).replace("|", "/")
 
 
-def counts(cubin: Path, nvdisasm: str | None) -> dict[str, dict[str, int]]:
+def main_loop(code: list[tuple[str, str]], labels: dict[str, int]) -> dict[str, int]:
+    """Of instructions and their operands; labels: the number of the instruction that follows."""
+    loops = []
+    for i, (name, operands) in enumerate(code):
+        target = re.search(r"`\((\S+)\)", operands) if name.startswith("BRA") else None
+        if target and labels.get(target[1], i + 1) <= i:
+            body = [name for name, _ in code[labels[target[1]] : i + 1]]
+            loops.append((sum(name.startswith("HMMA") for name in body), body))
+    most = max((mma for mma, _ in loops), default=0)
+    if most == 0:
+        return {}
+    body = min((body for mma, body in loops if mma >= 0.9 * most), key=len)
+    found = {"instructions": len(body), "shared": 0, "MUFU": 0}
+    for name in body:
+        if name.startswith("HMMA"):
+            kind = ".".join(name.split(".")[:2])
+            found[kind] = found.get(kind, 0) + 1
+        elif name.startswith("MUFU"):
+            found["MUFU"] += 1
+        elif name.startswith(("LDSM", "LDGSTS", "LDS", "STS")):
+            found["shared"] += 4 if ".128" in name or ".4" in name else 2 if ".64" in name or ".M88.2" in name else 1
+    return found
+
+
+def counts(cubin: Path, nvdisasm: str | None) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
     if nvdisasm is None:
         return {}
     done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
     if done.returncode != 0 and "deprecated" in done.stderr:  # since 13.1 it knows no sm70
         return {}
     done.check_returncode()
-    found: dict[str, dict[str, int]] = {}
-    current: dict[str, int] = {}
+    code: dict[str, tuple[list[tuple[str, str]], dict[str, int]]] = {}
+    current: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
     for line in done.stdout.splitlines():
         if match := re.match(r"\s*\.section\s+\.text\.(\S+?),", line):
-            current = found.setdefault(match[1], dict.fromkeys(INSTRUCTIONS, 0))
-        elif match := re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)", line):
-            name = next((i for i in INSTRUCTIONS if match[1].startswith(i)), None)
-            if name and current:
-                current[name] += 1
+            current, labels = code.setdefault(match[1], ([], {}))
+        elif match := re.match(r"(\.L_\w+):", line):
+            labels[match[1]] = len(current)
+        elif match := re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);", line):
+            current.append((match[1], match[2]))
+    found = {}
+    for kernel, (lines, labels) in code.items():
+        held = dict.fromkeys(INSTRUCTIONS, 0)
+        for name, _ in lines:
+            if kind := next((i for i in INSTRUCTIONS if name.startswith(i)), None):
+                held[kind] += 1
+        found[kernel] = held, main_loop(lines, labels)
     return found
 
 
@@ -123,8 +157,8 @@ def table_rows(v: Variant, arch: str, said: str, cubin: Path, nvdisasm: str | No
     instructions = counts(cubin, nvdisasm)
     rows, good = [], True
     for _, registers, spilled, _, name in kernels(said):
-        held = ", ".join(f"{n} {i}" for i, n in instructions.get(name, {}).items() if n)
-        rows.append(f"| {v.name} | sm{arch} | {short(name)} | {registers} | {spilled} | {held} |")
+        held, loop = (", ".join(f"{n} {i}" for i, n in x.items() if n) for x in instructions.get(name, ({}, {})))
+        rows.append(f"| {v.name} | sm{arch} | {short(name)} | {registers} | {spilled} | {held} | {loop} |")
         good = good and spilled == 0
     return rows, good
 
@@ -152,7 +186,7 @@ def compiled_by_nvrtc(v: Variant, folder: Path | None, nvdisasm: str | None) -> 
         said = log.value.decode()
         if failed:
             error = next((line for line in said.splitlines() if "error" in line), said)
-            return [f"| {v.name} | sm70 | FAILED: {error} | | | |"], False
+            return [f"| {v.name} | sm70 | FAILED: {error} | | | | |"], False
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetCUBIN(program, code)
@@ -174,7 +208,7 @@ def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[lis
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(cu), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            return [f"| {v.name} | sm{arch} | FAILED: {done.stderr.strip().splitlines()[0]} | | | |"], False
+            return [f"| {v.name} | sm{arch} | FAILED: {done.stderr.strip().splitlines()[0]} | | | | |"], False
         return table_rows(v, arch, done.stdout + done.stderr, cubin, options.nvdisasm)
 
 
@@ -207,8 +241,8 @@ def main() -> int:
         f"{', '.join(options.chips)}: {len(results)} translation units, {bad} of them with a spill or an error.",
         "Shared memory is checked by static_assert against each path's limit.",
         "",
-        "| variant | chip | kernel | registers | bytes spilled | instructions |",
-        "|---|---|---|---|---|---|",
+        "| variant | chip | kernel | registers | bytes spilled | instructions | main loop |",
+        "|---|---|---|---|---|---|---|",
         *(row for rows, _ in results for row in rows),
     ]
     options.out.write_text("\n".join(lines) + "\n")
