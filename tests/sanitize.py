@@ -56,7 +56,8 @@ def calls(few):
         yield from ((FLASH, None, dtype, D, 300, 200, 5, kind) for kind in kinds)
         yield FLASH, None, BRAIN, D, 513, 512, MANY_HEADS, "causal"
         if D in (96, 128):
-            yield from ((FLASH, 80, BRAIN, D, 300, 1100, MANY_HEADS, kind) for kind in ("causal", "padding"))
+            kinds_of_ring = ("causal", "padding", "dropout")
+            yield from ((FLASH, 80, BRAIN, D, 300, 1100, MANY_HEADS, kind) for kind in kinds_of_ring)
         if not few:
             yield FLASH, 86, BRAIN, D, 200, 260, 5, "causal"
             yield FLASH, None, BRAIN, D, 130, 200, 3, "plain", False, True

@@ -210,7 +210,7 @@ def test_more_blocks_than_multiprocessors(use_path, monkeypatch, chip, dtype, ca
     check_call(FLASH, dtype, call, grad=False, B=B)
 
 
-@pytest.mark.parametrize("kind", ["plain", "causal", "padding", "holes"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "padding", "holes", "dropout", "causal dropout"])
 @pytest.mark.parametrize("head_dim", [88, 96, 120, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_blocks_of_many_queries(use_path, monkeypatch, dtype, head_dim, kind):
@@ -232,7 +232,8 @@ def test_blocks_of_many_queries(use_path, monkeypatch, dtype, head_dim, kind):
         mask = torch.rand(2, 1, 1, S + 3, device="cuda")[..., 3:] > 0.2
         mask[:, :, :, 64:400] = False
         mask[1, :, :, 500:700] = True
-    check(FLASH, query, key, value, mask, is_causal=kind == "causal", enable_gqa=True)
+    dropout_p = 0.3 * ("dropout" in kind)
+    check(FLASH, query, key, value, mask, is_causal="causal" in kind, dropout_p=dropout_p, enable_gqa=True)
 
 
 SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so many heads that all do not run at once

@@ -546,7 +546,7 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
         bool done;
         auto error = flash_forward_tensor<Arch, T, kHeadDim>(p, stream, done);
         if (!done && error == cudaSuccess && p.S > kMostStreamedKeys) {
-          error = flash_forward_ring<Arch, T, kHeadDim, false>(p, stream, done);
+          error = flash_forward_ring<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream, done);
         }
         if (done || error != cudaSuccess) return error;
       }
@@ -554,6 +554,13 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
     if (can_stream && streams_forward(p)) return flash_forward_stream<Arch, T, kHeadDim>(p, stream);
   }
   if (p.mask_kind == MaskKind::kNone) {
+    if constexpr (Arch::kAsyncCopy && (kHeadDim == 96 || kHeadDim == 128)) {
+      if (p.dropout_p > 0.f && p.S > kMostStreamedKeys && has_whole_chunks(p)) {
+        bool done;
+        const auto error = flash_forward_ring<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream, done);
+        if (done || error != cudaSuccess) return error;
+      }
+    }
     return p.dropout_p == 0.f ? launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream)
                               : launch_narrow_forward<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   }
@@ -562,7 +569,7 @@ cudaError_t flash_forward_narrow(const ForwardParams& p, cudaStream_t stream) {
       if constexpr (kHeadDim == 96 || kHeadDim == 128) {
         if (p.S > kMostStreamedKeys && has_whole_chunks(p)) {
           bool done;
-          const auto error = flash_forward_ring<Arch, T, kHeadDim, true>(p, stream, done);
+          const auto error = flash_forward_ring<Arch, T, kHeadDim, ScoreChange::kKeyPadding>(p, stream, done);
           if (done || error != cudaSuccess) return error;
         }
       }

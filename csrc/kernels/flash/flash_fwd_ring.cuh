@@ -1,7 +1,7 @@
-// Flash attention forward without dropout and mask, or with one of keys, for operands whose rows are whole aligned
-// chunks and for many keys: flash_fwd.cuh's loop by twice the warps. Of a tile's copies, which take 10 to 20 % of the
-// time, each warp has half as many, and no warp waits for the others: barriers in shared memory tell what has landed
-// and what may be overwritten.
+// Flash attention forward without a mask or with one of keys, or with dropout, for operands whose rows are whole
+// aligned chunks and for many keys: flash_fwd.cuh's loop by twice the warps. Of a tile's copies, which take 10 to 20 %
+// of the time, each warp has half as many, and no warp waits for the others: barriers in shared memory tell what has
+// landed and what may be overwritten.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,14 +14,17 @@
 #include "../attn/softmax.h"
 #include "bool_mask.cuh"
 #include "forward_parts.cuh"
+#include "score_change.h"
+#include "score_dropout.cuh"
 #include "tile.cuh"
 #include "tile_stream.cuh"
 
 namespace sdpa {
 
-// kPadding: with a bool mask that is the same for every query.
-template <class Arch, class T, int kHeadDim, bool kPadding>
+// kChange: kNone, kDropout or kKeyPadding.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 struct FlashForwardRing {
+  static constexpr bool kPadding = kChange == ScoreChange::kKeyPadding, kDrops = kChange == ScoreChange::kDropout;
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kRowBlocks = 2, kWarpRows = kRowBlocks * 16, kQueryTile = kWarps * kWarpRows;
   static constexpr int kKeyTile = 64;
@@ -32,9 +35,10 @@ struct FlashForwardRing {
   static constexpr int kKeysAfter = 0, kValuesAfter = 2;
   // Where the head's keys and values are: in registers, or, where there are none left, in shared memory, as is what a
   // mask wants to know.
-  static constexpr bool kRowsInPlace = kHeadDim > 96, kHasPlace = kRowsInPlace || kPadding;
+  static constexpr bool kRowsInPlace = kHeadDim > 96 || kDrops, kHasPlace = kRowsInPlace || kPadding;
   using QueryTile = SharedTile<T, kQueryTile, kHeadDim, Arch>;
   using KeyTile = SharedTile<T, kKeyTile, kHeadDim, Arch>;  // of values too
+  using KeyOrder = std::conditional_t<kDrops, PairedOctets, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
   static constexpr int kBarrierOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
@@ -46,11 +50,12 @@ struct FlashForwardRing {
   static_assert(kSharedBytes <= 163 * 1024);
 };
 
-template <class Arch, class T, int kHeadDim, bool kPadding>
-__global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>::kThreads, 1)
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
+__global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::kThreads, 1)
     flash_forward_ring_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
-                              const float scale_log2) {
-  using Flash = FlashForwardRing<Arch, T, kHeadDim, kPadding>;
+                              const __grid_constant__ Dropout dropout, const float scale_log2) {
+  using Flash = FlashForwardRing<Arch, T, kHeadDim, kChange>;
+  constexpr bool kPadding = Flash::kPadding;
   using KeyTile = typename Flash::KeyTile;
   using Product = Mma<Arch, T>;
   constexpr int kRowBlocks = Flash::kRowBlocks, kKeyTile = Flash::kKeyTile, kSteps = Flash::kSteps;
@@ -111,12 +116,14 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
   const int warp_row = q0 + warp * Flash::kWarpRows;
   const auto stream_keys = [&](int k0, int stage) {
-    fill_share<Flash::kWarps>(key_tile(stage), key_row(), static_cast<int>(p.key.stride[2] * 2), k0, range.S,
-                              static_cast<int>(p.E), k0 < key_end);
+    fill_share<Flash::kWarps, typename Flash::KeyOrder>(key_tile(stage), key_row(),
+                                                        static_cast<int>(p.key.stride[2] * 2), k0, range.S,
+                                                        static_cast<int>(p.E), k0 < key_end);
   };
   const auto stream_values = [&](int k0, int stage, bool needs_mask) {
-    fill_share<Flash::kWarps>(value_tile(stage), value_row(), static_cast<int>(p.value.stride[2] * 2), k0, range.S,
-                              static_cast<int>(p.Ev), k0 < key_end);
+    fill_share<Flash::kWarps, typename Flash::KeyOrder>(value_tile(stage), value_row(),
+                                                        static_cast<int>(p.value.stride[2] * 2), k0, range.S,
+                                                        static_cast<int>(p.Ev), k0 < key_end);
     if constexpr (kPadding) {
       if (k0 < key_end && needs_mask) {
         mask_tile(stage).fill(p, place.batch(), place.head(), k0);
@@ -176,10 +183,30 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
     if constexpr (kPadding) {
       if (needs_mask) mask_tile(stage).apply(scores);
     }
-    if (k0 + kKeyTile > full_end) hide_unseen(scores, range.limit(q0, k0), warp_block);
+    if (k0 + kKeyTile > full_end) hide_unseen<typename Flash::KeyOrder>(scores, range.limit(q0, k0), warp_block);
     softmax.see(scores, output, k0 == 0);
 
-    add_values<T, Product>(output, softmax, scores, values, lane_offset);
+    if constexpr (Flash::kDrops) {
+      DroppedBlock<false, false, true> dropped;  // of 32 keys
+#pragma unroll
+      for (int k = 0; k < kKeyTile / 16; ++k) {
+        if (k % 2 == 0) {
+          const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + place.batch() * heads + place.head();
+          dropped.draw(dropout.with_seed(*p.seed), batch_head, q0 / 32 + fresh_thread_index() / 32, (k0 + k * 16) / 32);
+        }
+        uint32_t probability[kRowBlocks][4];
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          softmax.exponentiate(scores[m][2 * k], m);
+          softmax.exponentiate(scores[m][2 * k + 1], m);
+          to_operand<T>(probability[m], scores[m][2 * k], scores[m][2 * k + 1]);
+          dropped.drop_paired(probability[m], dropout, m, k % 2);
+        }
+        add_products<Product>(output, probability, values, lane_offset, k);
+      }
+    } else {
+      add_values<T, Product>(output, softmax, scores, values, lane_offset);
+    }
     free(stage).arrive_warp();
     if constexpr (kPadding) {
 #pragma unroll
@@ -197,20 +224,25 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kPadding>:
   if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
   float factors[kRowBlocks][2];
   write_statistics(factors, softmax, p, batch * heads + head, warp_row);
+  if constexpr (Flash::kDrops) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factors[i / 2][i % 2] *= dropout.rescale;
+  }
   write_output<T>(
       output, factors, query_tile, [&](int m) { return warp_block + m; }, p,
       Stream::first_row(p.output, batch, head, p.Ev), warp_row);
 }
 
-// For what has_whole_chunks takes, without dropout. `done` tells whether it has room here and enough to do.
-template <class Arch, class T, int kHeadDim, bool kPadding>
+// For what has_whole_chunks takes. `done` tells whether it has room here and enough to do.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 cudaError_t flash_forward_ring(const ForwardParams& p, cudaStream_t stream, bool& done) {
-  using Flash = FlashForwardRing<Arch, T, kHeadDim, kPadding>;
-  constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim, kPadding>;
+  using Flash = FlashForwardRing<Arch, T, kHeadDim, kChange>;
+  constexpr auto kKernel = flash_forward_ring_kernel<Arch, T, kHeadDim, kChange>;
   int multiprocessors = 0;
   if (const auto error = count_multiprocessors(multiprocessors); error != cudaSuccess) return error;
   done = p.shared_bytes >= Flash::kSharedBytes && forward_order<Flash, T>(p).blocks() >= multiprocessors;
-  return done ? launch_query_tiles<Flash, kKernel, T>(p, stream, p.scale * kLog2E) : cudaSuccess;
+  return done ? launch_query_tiles<Flash, kKernel, T>(p, stream, Dropout::make(p.dropout_p, 0), p.scale * kLog2E)
+              : cudaSuccess;
 }
 
 }  // namespace sdpa

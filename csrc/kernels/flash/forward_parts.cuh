@@ -62,8 +62,8 @@ __device__ __forceinline__ void multiply_scores(float (&scores)[kRowBlocks][kCol
 }
 
 // What must not be attended to is replaced, so that no NaN in it survives. The warp's rows begin at the tile's
-// row_block.
-template <int kRowBlocks, int kCols>
+// row_block, its keys are in the given order.
+template <class Order = InOrder, int kRowBlocks, int kCols>
 __device__ __forceinline__ void hide_unseen(float (&scores)[kRowBlocks][kCols][4], const TileLimit& limit,
                                             int row_block) {
   const int lane = threadIdx.x % 32;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void hide_unseen(float (&scores)[kRowBlocks][kCols][4
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = (row_block + m) * 16 + lane / 4 + i / 2 * 8;
-        if (!limit.sees(row, n * 8 + lane % 4 * 2 + i % 2)) scores[m][n][i] = -INFINITY;
+        if (!limit.sees(row, Order::key(n * 8 + lane % 4 * 2 + i % 2))) scores[m][n][i] = -INFINITY;
       }
     }
   }

@@ -77,10 +77,10 @@ struct TileStream {
   }
 };
 
-// A warp's share of a tile's rows, of kWarps such shares, from the head's row `row0` on; rows from `rows` on and
-// columns from `cols` on become zero. Neighbouring lanes take neighbouring chunks, whatever rows these are of: the
-// fewer rows an instruction touches, the less it costs.
-template <int kWarps, class Tile>
+// A warp's share of a tile's rows, of kWarps such shares, in the given order from the head's row `row0` on; rows from
+// `rows` on and columns from `cols` on become zero. Neighbouring lanes take neighbouring chunks, whatever rows these
+// are of: the fewer rows an instruction touches, the less it costs.
+template <int kWarps, class Order = InOrder, class Tile>
 __device__ __forceinline__ void fill_share(const Tile& tile, uint64_t from, int row_bytes, int row0, int rows, int cols,
                                            bool run) {
   constexpr int kChunks = Tile::kChunksPerRow, kRows = Tile::kRows / kWarps;
@@ -88,10 +88,10 @@ __device__ __forceinline__ void fill_share(const Tile& tile, uint64_t from, int 
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRows;
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / 32; ++i) {
-    const int number = i * 32 + lane, row = first + number / kChunks, chunk = number % kChunks;
-    cp_async_16_if(run, tile.base + Tile::offset(row, chunk),
-                   from + int64_t{row0 + row} * row_bytes + chunk * kChunkBytes,
-                   row0 + row < rows && chunk * kChunkElements < cols);
+    const int number = i * 32 + lane, place = first + number / kChunks, chunk = number % kChunks;
+    const int row = row0 + Order::key(place);
+    cp_async_16_if(run, tile.base + Tile::offset(place, chunk), from + int64_t{row} * row_bytes + chunk * kChunkBytes,
+                   row < rows && chunk * kChunkElements < cols);
   }
 }
 
