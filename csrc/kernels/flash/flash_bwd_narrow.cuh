@@ -64,7 +64,8 @@ struct NarrowBackward {
   static constexpr int kKeyBlocks = Tile::kKeyBlocks;
   static constexpr int kKeyTile = kWarps * kKeyBlocks * 16;
   static constexpr int kQueryTile = Tile::kQueries;
-  static constexpr int kStep = Tile::kStep;
+  static constexpr bool kSpills = kWalks && kChip > 80 && kChip < 90;  // with 32 queries at once
+  static constexpr int kStep = kSpills ? 16 : Tile::kStep;
   static constexpr int kStages = Tile::kStages, kGradStages = Tile::kGradStages;
   static constexpr int kSteps = kHeadDim / 16;  // k-steps of Q K^T and dO V^T
 
