@@ -125,7 +125,7 @@ def report(launches: list[dict], compiled: dict[tuple[str, str], tuple[int, dict
                 key = launch["kernel"], launch["threads"], launch["shared"]
                 cases.setdefault(key, []).append(launch["case"])
         yield f"\n## {title}\n"
-        yield "| kernel | for | registers | shared memory, KB | warps | clocks of the main loop | of peak, at most |"
+        yield "| kernel | for | registers | shared memory, KB | warps | clocks of the main loop | of peak |"
         yield "|---|---|---|---|---|---|---|"
         for (kernel, threads, shared), names in cases.items():
             if (chip.machine_code, kernel) not in compiled:
