@@ -129,6 +129,8 @@ def main() -> None:
     if options.cases:
         print(cases([bar for bars in groups.values() for bar in bars if not bar.tf32]))
         return
+    if not options.results:
+        parser.error("either --cases, or the results of a run")
     us: dict[tuple[str, str, str, bool], float] = {}
     for path in options.results:
         content = json.loads(path.read_text())

@@ -528,9 +528,11 @@ template <class Arch, class T, int kHeadDim, ScoreChange kChange>
 cudaError_t launch_narrow_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (Arch::kAsyncCopy && kHeadDim > 64) {
     using Flash = FlashForward<Arch, T, kHeadDim, kChange>;
-    bool takes_turns = !fits_twice<Flash>(p) && fits_twice<FlashForward<Arch, T, kHeadDim, kChange, 2>>(p);
+    bool takes_turns = false;
     if constexpr (kHeadDim <= 128) {
       if (const auto error = wants_eight_warps<Flash, T>(p, takes_turns); error != cudaSuccess) return error;
+    } else {
+      takes_turns = !fits_twice<Flash>(p) && fits_twice<FlashForward<Arch, T, kHeadDim, kChange, 2>>(p);
     }
     if (takes_turns) return launch_with_places<Arch, T, kHeadDim, kChange, 2>(p, stream);
   }

@@ -404,7 +404,7 @@ cudaError_t launch_wide_forward(const ForwardParams& p, cudaStream_t stream) {
 
 // Blocks of four warps, or of eight if only one of those fits.
 template <class Arch, class T, int kHeadDim, ScoreChange kChange>
-cudaError_t launch_wide_forward_of_8_warps(const ForwardParams& p, cudaStream_t stream) {
+cudaError_t launch_wide_forward_in_either_size(const ForwardParams& p, cudaStream_t stream) {
   using Eight = FlashForwardWide<Arch, T, kHeadDim, kChange, 4, false>;
   bool wants_eight = false;
   if (const auto error = wants_eight_warps<FlashForwardWide<Arch, T, kHeadDim, kChange, 2, false>, T>(p, wants_eight);
@@ -420,9 +420,9 @@ cudaError_t launch_wide_forward_of_8_warps(const ForwardParams& p, cudaStream_t 
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if (p.mask_kind != MaskKind::kNone) {
-    return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
+    return launch_wide_forward_in_either_size<Arch, T, kHeadDim, ScoreChange::kAnyMask>(p, stream);
   }
-  if (p.dropout_p > 0.f) return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
+  if (p.dropout_p > 0.f) return launch_wide_forward_in_either_size<Arch, T, kHeadDim, ScoreChange::kDropout>(p, stream);
   if constexpr (kHeadDim > 160) {
     // Its blocks have twice the rows of those below, and have to occupy the chip as well.
     using Large = FlashForwardWideStream<Arch, T, kHeadDim>;
@@ -440,7 +440,7 @@ cudaError_t flash_forward_wide(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (kHeadDim <= 160) {
     return cudaErrorInvalidValue;
   } else if constexpr (kHeadDim <= 192) {
-    return launch_wide_forward_of_8_warps<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
+    return launch_wide_forward_in_either_size<Arch, T, kHeadDim, ScoreChange::kNone>(p, stream);
   } else {
     using Large = FlashForwardWide<Arch, T, kHeadDim, ScoreChange::kNone, 2, true>;
     return p.shared_bytes >= Large::kMaxSharedBytes
