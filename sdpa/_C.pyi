@@ -1,5 +1,7 @@
 """The extension's Python face; csrc/ops/module.cpp."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 ALL_BACKENDS: int
@@ -21,9 +23,11 @@ def attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    backends: int,
 ) -> Tensor: ...
 def current_switches() -> int: ...
-def set_current_switches(switches: int) -> None: ...
+def set_switches_source(source: Callable[[], int]) -> None: ...
+def forget_traced_switches() -> None: ...
 def problem(
     query: Tensor,
     key: Tensor,

@@ -29,27 +29,35 @@ _BY_NAME = {backend.name: backend for backend in SDPBackend}  # a plain dict: to
 BACKEND = {number: backend for backend, number in NUMBER.items()}
 
 
-class _ThreadSwitches(threading.local):
-    def __init__(self) -> None:  # once per thread
+class _Switches:
+    def __init__(self) -> None:
         self.value: int = _C.ALL_BACKENDS
 
 
-# Python's side of the switches: torch.compile traces and guards on it, which it cannot do with the C++ side. Both are
-# always set together.
-_switches = _ThreadSwitches()
+class _Thread(threading.local):
+    def __init__(self) -> None:  # once per thread
+        self.switches = _Switches()
+
+
+# The only place where the switches are. torch.compile guards on an attribute of a plain object, and writes it where the
+# compiled code ends or breaks; what is assigned to the threading.local itself it loses.
+_thread = _Thread()
 
 
 def current_switches() -> int:
-    return _switches.value
+    return _thread.switches.value
+
+
+_C.set_switches_source(current_switches)
 
 
 def _set_switches(value: int) -> None:
-    _switches.value = value
+    _thread.switches.value = value
     if torch.compiler.is_compiling():
         # Goes into the graph, so that torch.ops.sdpa.attention is traced under these switches.
         torch.ops.sdpa._set_switches(value)
     else:
-        _C.set_current_switches(value)
+        _C.forget_traced_switches()
 
 
 def _encode(backends: Iterable[SDPBackend]) -> int:
@@ -74,7 +82,7 @@ def _own(backend: Any) -> SDPBackend:
 
 
 def _enable(backend: SDPBackend, enabled: bool) -> None:
-    now = [b for b in decode(_switches.value) if b != backend]
+    now = [b for b in decode(current_switches()) if b != backend]
     if enabled:
         # Back to its place in the default order; an order that was set stays among the others.
         before = NUMBER[backend]
@@ -104,22 +112,22 @@ def enable_math_sdp(enabled: bool) -> None:
 
 def flash_sdp_enabled() -> bool:
     """Whether flash attention may be taken by this thread."""
-    return SDPBackend.FLASH_ATTENTION in decode(_switches.value)
+    return SDPBackend.FLASH_ATTENTION in decode(current_switches())
 
 
 def mem_efficient_sdp_enabled() -> bool:
     """Whether memory-efficient attention may be taken by this thread."""
-    return SDPBackend.EFFICIENT_ATTENTION in decode(_switches.value)
+    return SDPBackend.EFFICIENT_ATTENTION in decode(current_switches())
 
 
 def math_sdp_enabled() -> bool:
     """Whether math attention may be taken by this thread."""
-    return SDPBackend.MATH in decode(_switches.value)
+    return SDPBackend.MATH in decode(current_switches())
 
 
 @contextmanager
 def _switched(value: int) -> Iterator[None]:
-    before = _switches.value
+    before = current_switches()
     _set_switches(value)
     try:
         yield
@@ -210,7 +218,7 @@ class SDPAParams:
 
 def _can_use(backend: SDPBackend, params: SDPAParams, debug: bool) -> bool:
     problem = params.problem()
-    only = NUMBER[backend] if backend in decode(_switches.value) else 0
+    only = NUMBER[backend] if backend in decode(current_switches()) else 0
     usable = _C.select(problem, only) != 0
     if debug and not usable:
         lines = _C.reasons(problem, only)

@@ -64,4 +64,4 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches()
         )[0]
         return output
-    return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches())

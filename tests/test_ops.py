@@ -105,6 +105,10 @@ def test_opcheck(device, name, layout):
         )
 
 
+def test_opcheck_of_the_switches():
+    torch.library.opcheck(torch.ops.sdpa._set_switches, (ALL,))
+
+
 # torch.compile
 
 
@@ -216,6 +220,73 @@ def test_compile_of_the_op_keeps_the_switches_of_its_trace(device):
         compiled = torch.compile(lambda *args: torch.ops.sdpa.attention(*args), fullgraph=True, backend="aot_eager")
         assert refuses(lambda: compiled(*tensors))
     assert refuses(lambda: compiled(*tensors))
+
+
+def inside(tensors, op, untraced):
+    with sdpa_kernel(FLASH):
+        untraced()
+        return op(*tensors)
+
+
+@sdpa_kernel(FLASH)
+def decorated(tensors, op, untraced):
+    untraced()
+    return op(*tensors)
+
+
+def entered(tensors, op, untraced):
+    manager = sdpa_kernel(FLASH)
+    manager.__enter__()
+    try:
+        untraced()
+        return op(*tensors)
+    finally:
+        manager.__exit__(None, None, None)
+
+
+def state():
+    return sdpa.backends.current_switches(), sdpa._C.current_switches()
+
+
+@pytest.mark.parametrize("backend_of_compile", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("op", [attention, torch.ops.sdpa.attention], ids=["function", "op"])
+def test_compile_with_a_graph_break_among_switches(device, op, backend_of_compile):
+    tensors = inputs(device, DOUBLE, grad=False)
+    seen = []
+    for f in (inside, decorated, entered):
+        for untraced in (torch._dynamo.graph_break, torch.compiler.disable(lambda: seen.append(state()))):
+            torch._dynamo.reset()
+            compiled = torch.compile(f, backend=backend_of_compile)
+            assert [refuses(lambda: compiled(tensors, op, untraced)) for _ in range(2)] == [True, True]  # noqa: B023
+            assert state() == (ALL, ALL)
+    assert all(own == below != ALL for own, below in seen)
+    same([op(*tensors)], [eager(*tensors)])
+
+    def enabling(*args):
+        sdpa.enable_math_sdp(False)
+        torch._dynamo.graph_break()
+        sdpa.enable_math_sdp(True)
+        return op(*args)
+
+    same([torch.compile(enabling, backend=backend_of_compile)(*tensors)], [eager(*tensors)])
+    assert state() == (ALL, ALL)
+
+
+@pytest.mark.parametrize("backend_of_compile", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("op", [attention, torch.ops.sdpa.attention], ids=["function", "op"])
+def test_compile_errors_restore_the_switches(device, op, backend_of_compile):
+    tensors = inputs(device, DOUBLE, grad=False)
+
+    def untraceable(*args):
+        with sdpa_kernel(FLASH):
+            return op(*args) + len(open("/dev/null").read())
+
+    assert refuses(lambda: torch.compile(inside, backend=backend_of_compile)(tensors, op, lambda: None))
+    assert state() == (ALL, ALL)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(untraceable, backend=backend_of_compile, fullgraph=True)(*tensors)
+    assert state() == (ALL, ALL)
+    same([op(*tensors)], [eager(*tensors)])
 
 
 def test_compiled_backward_keeps_the_switches(device):

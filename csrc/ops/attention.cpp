@@ -18,6 +18,7 @@ namespace sdpa {
 namespace {
 
 [[noreturn]] void no_backend(const Problem& problem, Switches switches) {
+  forget_traced_switches();  // a graph that set them ends here
   {
     torch::PyWarningHandler handler;  // warnings become Python's, wherever we are called from
     try {

@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "select/select.h"
+
 namespace sdpa {
 
 using at::Tensor;
@@ -40,8 +42,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> call_attention_backward(
     const Tensor& seed, double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
     int64_t backends, std::array<bool, 4> wanted);
 
-// What users call; takes the calling thread's switches.
+// What users call.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
-                 double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa);
+                 double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends);
+
+// What torch.ops.sdpa.attention takes: the calling thread's switches, which Python keeps, or, in a graph that sets them
+// (sdpa::_set_switches), what the graph set last.
+Switches current_switches();
+void set_traced_switches(Switches switches);
+void forget_traced_switches();
 
 }  // namespace sdpa

@@ -1,9 +1,11 @@
 // The pybind11 module sdpa._C: the fast path of an eager call, the switches, and the selector for explain().
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <functional>
 #include <numeric>
+#include <optional>
 
 #include "ops/attention.h"
 #include "ops/inputs.h"
@@ -89,13 +91,58 @@ py::object variant_for(const Problem& problem, int backend, bool backward) {
   return v == nullptr ? py::object(py::none()) : py::object(py::str(v->name));
 }
 
+py::object* switches_source = nullptr;  // never freed: no Python to free it in at exit
+
+Switches python_switches() {
+  const py::gil_scoped_acquire gil;
+  return (*switches_source)().cast<Switches>();
+}
+
+bool has_mode(c10::impl::TorchDispatchModeKey key) {
+  return c10::impl::TorchDispatchModeTLS::get_mode(key).has_value();
+}
+
+// A graph is being retraced, by AOTAutograd or torch.export.
+bool tracing() {
+  return has_mode(c10::impl::TorchDispatchModeKey::FUNCTIONAL) || has_mode(c10::impl::TorchDispatchModeKey::PROXY);
+}
+
+// A graph that ends by an error does not set back: so they hold only over the switches that they were set over, and a
+// trace's not for what runs.
+struct TracedSwitches {
+  Switches value, over;
+  bool tracing;
+};
+thread_local std::optional<TracedSwitches> traced_switches;
+
 }  // namespace
+
+Switches current_switches() {
+  const Switches own = python_switches();
+  const auto& traced = traced_switches;
+  return traced && traced->over == own && traced->tracing == tracing() ? traced->value : own;
+}
+
+void set_traced_switches(Switches switches) {
+  check_switches(switches);
+  traced_switches.reset();
+  // Dynamo tries the node with fake tensors while it builds the graph; that is no run of the graph.
+  if (tracing() || !has_mode(c10::impl::TorchDispatchModeKey::FAKE)) {
+    traced_switches = {switches, python_switches(), tracing()};
+  }
+}
+
+void forget_traced_switches() {
+  traced_switches.reset();
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention", torch::wrap_pybind_function_no_gil(attention), py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("attn_mask"), py::arg("dropout_p"), py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"));
+        py::arg("attn_mask"), py::arg("dropout_p"), py::arg("is_causal"), py::arg("scale"), py::arg("enable_gqa"),
+        py::arg("backends"));
   m.def("current_switches", &current_switches);
-  m.def("set_current_switches", &set_current_switches);
+  m.def("set_switches_source", [](py::object source) { switches_source = new py::object(std::move(source)); });
+  m.def("forget_traced_switches", &forget_traced_switches);
   m.attr("ALL_BACKENDS") = kAllBackends;
 
   py::class_<Problem>(m, "Problem")

@@ -31,7 +31,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> call_attention_backward(
 }
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
-                 double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
+                 double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa, int64_t backends) {
+  forget_traced_switches();  // called from no graph
+  return std::get<0>(call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                                            backends, false, false));
+}
+
+static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& attn_mask,
+                           double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa) {
   return std::get<0>(call_attention_forward(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                                             current_switches(), false, false));
 }
@@ -61,8 +68,8 @@ TORCH_LIBRARY(sdpa, m) {
 }
 
 TORCH_LIBRARY_IMPL(sdpa, CompositeImplicitAutograd, m) {
-  m.impl("attention", attention);
-  m.impl("_set_switches", [](int64_t backends) { set_current_switches(backends); });
+  m.impl("attention", attention_op);
+  m.impl("_set_switches", set_traced_switches);
 }
 
 TORCH_LIBRARY_IMPL(sdpa, CPU, m) {

@@ -126,14 +126,6 @@ Switches check_switches(Switches switches) {
   return switches;
 }
 
-static thread_local Switches thread_switches = kAllBackends;
-Switches current_switches() {
-  return thread_switches;
-}
-void set_current_switches(Switches switches) {
-  thread_switches = check_switches(switches);
-}
-
 Backend select(const Problem& problem, Switches switches) {
   for (Switches rest = switches; rest != 0; rest >>= 4) {
     const Backend backend = static_cast<Backend>(rest & 0xf);

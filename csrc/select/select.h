@@ -42,10 +42,6 @@ constexpr Switches kAllBackends = 0x321;  // flash, memory-efficient, math
 bool enabled(Switches switches, Backend backend);
 Switches check_switches(Switches switches);  // throws std::invalid_argument
 
-// The calling thread's.
-Switches current_switches();
-void set_current_switches(Switches switches);
-
 // The first enabled backend all of whose constraints hold, or kNone.
 Backend select(const Problem& problem, Switches switches);
 
