@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from . import _C
@@ -25,7 +26,7 @@ class SDPBackend(enum.IntEnum):
 
 # The C++ selector's numbers (csrc/select/select.h), best first by default.
 NUMBER = {SDPBackend.FLASH_ATTENTION: 1, SDPBackend.EFFICIENT_ATTENTION: 2, SDPBackend.MATH: 3}
-_BY_NAME = {backend.name: backend for backend in SDPBackend}  # a plain dict: torch.compile cannot trace __members__
+_BY_NUMBER = {int(backend): backend for backend in SDPBackend}  # a plain dict: torch.compile cannot trace SDPBackend(0)
 BACKEND = {number: backend for backend, number in NUMBER.items()}
 
 
@@ -73,12 +74,16 @@ def decode(switches: int) -> list[SDPBackend]:
     return backends
 
 
+def _is_backend(backend: Any) -> bool:
+    return isinstance(backend, (SDPBackend, torch.nn.attention.SDPBackend))
+
+
 def _own(backend: Any) -> SDPBackend:
     """Ours, for one of ours or of torch.nn.attention's."""
-    name = getattr(backend, "name", None)
-    if name not in _BY_NAME:
-        raise ValueError(f"backends must be of {', '.join(_BY_NAME)}, got {backend!r}")
-    return _BY_NAME[name]
+    # By the number: of torch's members torch.compile cannot trace the name on every version.
+    if not _is_backend(backend) or int(backend) not in _BY_NUMBER:
+        raise ValueError(f"backends must be of {', '.join(SDPBackend.__members__)}, got {backend!r}")
+    return _BY_NUMBER[int(backend)]
 
 
 def _enable(backend: SDPBackend, enabled: bool) -> None:
@@ -148,9 +153,8 @@ def sdpa_kernel(backends: SDPBackend | Iterable[SDPBackend], set_priority: bool 
 
     Source: https://pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html
     """
-    # getattr and not hasattr or isinstance, which torch.compile cannot trace on every version.
-    several = getattr(backends, "name", None) is None and not isinstance(backends, str)
-    wanted = [_own(b) for b in (backends if several else [backends])]  # type: ignore[union-attr]
+    one = _is_backend(backends) or isinstance(backends, (str, int))
+    wanted = [_own(b) for b in ([backends] if one else backends)]  # type: ignore[union-attr]
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"a backend is given twice: {[b.name for b in wanted]}")
     if not set_priority:

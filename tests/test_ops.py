@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.attention
 import torch.nn.functional as F
 from reference import INF, eager, make, upcoming_seed
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +22,7 @@ from sdpa import SDPBackend, sdpa_kernel
 from sdpa import scaled_dot_product_attention as attention
 
 FLASH, EFFICIENT, MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+TORCHS_MATH = torch.nn.attention.SDPBackend.MATH
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 only_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ALL = sdpa._C.ALL_BACKENDS
@@ -195,6 +197,18 @@ def test_compile_with_switches_inside(device, op):
     assert refuses(lambda: compiled(*tensors))
     assert len(sdpa.backends.decode(sdpa._C.current_switches())) == 3
     same(allowed(*tensors), [attention(*tensors)] * 2)
+
+
+def test_compile_with_torchs_members(device):
+    tensors = inputs(device, DOUBLE, grad=False)
+
+    def f(query, key, value, one=TORCHS_MATH):
+        with sdpa_kernel(TORCHS_MATH):
+            first = attention(query, key, value)
+        with sdpa_kernel([one, torch.nn.attention.SDPBackend.FLASH_ATTENTION]):
+            return first + attention(query, key, value)
+
+    same([torch.compile(f, fullgraph=True, backend="aot_eager")(*tensors)], [f(*tensors)])
 
 
 def test_compile_with_switches_outside(device):
