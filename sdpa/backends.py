@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.backends.cuda
 import torch.nn.attention
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class SDPBackend(enum.IntEnum):
 
 # The C++ selector's numbers (csrc/select/select.h), best first by default.
 NUMBER = {SDPBackend.FLASH_ATTENTION: 1, SDPBackend.EFFICIENT_ATTENTION: 2, SDPBackend.MATH: 3}
-_BY_NUMBER = {int(backend): backend for backend in SDPBackend}  # a plain dict: torch.compile cannot trace SDPBackend(0)
+BY_NUMBER = {int(backend): backend for backend in SDPBackend}  # a plain dict: torch.compile cannot trace SDPBackend(0)
 BACKEND = {number: backend for backend, number in NUMBER.items()}
 
 
@@ -74,16 +75,16 @@ def decode(switches: int) -> list[SDPBackend]:
     return backends
 
 
-def _is_backend(backend: Any) -> bool:
+def is_backend(backend: Any) -> bool:
     return isinstance(backend, (SDPBackend, torch.nn.attention.SDPBackend))
 
 
 def _own(backend: Any) -> SDPBackend:
     """Ours, for one of ours or of torch.nn.attention's."""
     # By the number: of torch's members torch.compile cannot trace the name on every version.
-    if not _is_backend(backend) or int(backend) not in _BY_NUMBER:
+    if not is_backend(backend) or int(backend) not in BY_NUMBER:
         raise ValueError(f"backends must be of {', '.join(SDPBackend.__members__)}, got {backend!r}")
-    return _BY_NUMBER[int(backend)]
+    return BY_NUMBER[int(backend)]
 
 
 def _enable(backend: SDPBackend, enabled: bool) -> None:
@@ -153,7 +154,7 @@ def sdpa_kernel(backends: SDPBackend | Iterable[SDPBackend], set_priority: bool 
 
     Source: https://pytorch.org/docs/stable/generated/torch.nn.attention.sdpa_kernel.html
     """
-    one = _is_backend(backends) or isinstance(backends, (str, int))
+    one = is_backend(backends) or isinstance(backends, (str, int))
     wanted = [_own(b) for b in ([backends] if one else backends)]  # type: ignore[union-attr]
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"a backend is given twice: {[b.name for b in wanted]}")
@@ -220,7 +221,12 @@ class SDPAParams:
         )
 
 
-def _can_use(backend: SDPBackend, params: SDPAParams, debug: bool) -> bool:
+def _can_use(backend: SDPBackend, params: Any, debug: bool) -> bool:
+    if isinstance(params, torch.backends.cuda.SDPAParams):
+        p = params
+        params = SDPAParams(p.query, p.key, p.value, p.attn_mask, p.dropout, p.is_causal, p.enable_gqa)
+    if not isinstance(params, SDPAParams):
+        raise TypeError(f"params must be SDPAParams, sdpa's or torch.backends.cuda's, got {type(params)}")
     problem = params.problem()
     only = NUMBER[backend] if backend in decode(current_switches()) else 0
     usable = _C.select(problem, only) != 0

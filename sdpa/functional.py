@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _C
 from .backends import current_switches
+
+
+def resolve_bias(bias: CausalBias, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
+    """The attn_mask and is_causal that say what torch's bias says: its own memory is not filled."""
+    L, S = bias.seq_len_q, bias.seq_len_kv
+    if is_causal:
+        raise RuntimeError(f"scaled_dot_product_attention: is_causal=True and a CausalBias ({L}, {S}) are both set")
+    if L == S or bias.variant == CausalVariant.UPPER_LEFT:
+        return None, True
+    return torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L), False
 
 
 def scaled_dot_product_attention(
@@ -29,6 +40,7 @@ def scaled_dot_product_attention(
         attn_mask: broadcasts to (N, ..., L, S). bool: True takes part. float16, bfloat16 or float32 (whatever the
             query's dtype): added to the scaled scores. Read in place; its gradient has its own shape.
         dropout_p: probability in [0, 1] to drop a softmax weight; drawn from torch's generator.
+            ``torch.nn.attention.bias``'s causal ones are taken as well.
         is_causal: query i sees keys j <= i, also when L != S. Not together with ``attn_mask``.
         scale: any finite number; 1 / sqrt(E) if None.
         enable_gqa: query heads (dim -3) may be a multiple of the key and value heads, which are not copied.
@@ -46,6 +58,9 @@ def scaled_dot_product_attention(
     """
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if has_torch_function(tensors):
+        if isinstance(attn_mask, CausalBias):
+            attn_mask, is_causal = resolve_bias(attn_mask, is_causal, query.device)
+            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         result: Tensor = handle_torch_function(
             scaled_dot_product_attention,
             tensors,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +15,14 @@ import torch.nn.attention
 import torch.nn.functional as F
 import torch.utils.benchmark as benchmark
 from reference import make
+from torch.nn.attention import bias
 
 import sdpa
 from sdpa import SDPBackend
 
 NAMES = [(module, name) for module, name, _ in sdpa.patch._REPLACED]
+torchs = F.scaled_dot_product_attention
+theirs = torch.nn.attention.SDPBackend
 HALF, SINGLE = torch.float16, torch.float32
 
 
@@ -37,7 +44,7 @@ def test_as_a_call_with_undo():
     before = current()
     patch = sdpa.patch_torch()
     try:
-        assert F.scaled_dot_product_attention is not before[0]
+        assert F.scaled_dot_product_attention is not torchs
     finally:
         patch.undo()
     assert current() == before
@@ -52,6 +59,16 @@ def test_nested_patches():
         with sdpa.patch_torch():
             assert current() == inside
         assert current() == inside
+    assert current() == before
+
+
+def test_patches_undone_in_any_order():
+    before = current()
+    first, second = sdpa.patch_torch(), sdpa.patch_torch()
+    first.undo()
+    first.undo()
+    assert F.scaled_dot_product_attention is not torchs
+    second.undo()
     assert current() == before
 
 
@@ -136,6 +153,74 @@ def test_nested_tensors_go_to_torch(calls):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_first_nested_tensor_after_the_patch():
+    program = """
+import torch, torch.nn.functional as F, sdpa
+def run():
+    t = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    assert F.scaled_dot_product_attention(t, t, t).is_nested
+with sdpa.patch_torch():
+    run()
+run()
+from torch.nested._internal import sdpa as theirs
+assert not [name for name, value in vars(theirs).items() if getattr(value, "__module__", "").startswith("sdpa.")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(sdpa.__file__).parents[1])
+
+
+@pytest.mark.parametrize("make_bias", [bias.causal_upper_left, bias.causal_lower_right])
+@pytest.mark.parametrize("sizes", [(5, 7), (7, 7)], ids=str)
+@pytest.mark.parametrize("where", ["ours", "patched", "torch's while patched"])
+def test_causal_biases(device, make_bias, sizes, where, calls):
+    L, S = sizes
+    tensors = [make(2, 4, n, 8, device=device) for n in (L, S, S)]
+    m = torch.ones(L, S, device=device).tril(S - L if make_bias is bias.causal_lower_right else 0).bool()
+    expected = torchs(*tensors, m)
+    with contextlib.nullcontext() if where == "ours" else sdpa.patch_torch():
+        call = {"ours": sdpa.scaled_dot_product_attention, "patched": F.scaled_dot_product_attention}.get(where, torchs)
+        output = call(*tensors, make_bias(L, S))
+        assert type(output) is torch.Tensor and (calls or call is torchs)
+        torch.testing.assert_close(output, expected)
+        if call is not torchs:
+            with pytest.raises(RuntimeError, match=rf"is_causal=True and a CausalBias \({L}, {S}\)"):
+                call(*tensors, make_bias(L, S), is_causal=True)
+    output, expected = (torch.autograd.grad(o.square().sum(), tensors) for o in (output, expected))
+    for ours, others in zip(output, expected, strict=True):
+        torch.testing.assert_close(ours, others)
+
+
+def test_subclasses_and_modes_see_torchs_function(device, patched, calls):
+    seen = []
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    query, key, value = (make(2, 4, 5, 8, device=device, grad=False) for _ in range(3))
+    expected = torchs(query, key, value)
+    for mode in (contextlib.nullcontext(), Mode(), torch.device(device)):
+        for t in (query, query.as_subclass(Subclass), torch.nn.Parameter(query)):
+            seen.clear(), calls.clear()
+            with mode:
+                output = F.scaled_dot_product_attention(t, key, value)
+                assert not any(isinstance(m, sdpa.patch._Last) for m in current_modes())
+            wanted = [torchs] * (isinstance(mode, Mode) + isinstance(t, Subclass))
+            assert [f for f in seen if f.__name__ == torchs.__name__] == wanted and len(calls) == 1
+            assert isinstance(output, Subclass) == isinstance(t, Subclass)
+            torch.testing.assert_close(output.as_subclass(torch.Tensor), expected)
+
+
+def current_modes():
+    return torch.overrides._get_current_function_mode_stack()
+
+
 def test_switches_reach_both(patched):
     cuda = torch.backends.cuda
     theirs = dict(sdpa.patch._torch_enabled)
@@ -149,8 +234,11 @@ def test_switches_reach_both(patched):
     with cuda.sdp_kernel(enable_flash=False):
         assert not sdpa.flash_sdp_enabled() and not theirs["flash"]() and sdpa.math_sdp_enabled()
     assert sdpa.flash_sdp_enabled() and theirs["flash"]()
+    with cuda.sdp_kernel(enable_cudnn=False):
+        assert not cuda.cudnn_sdp_enabled()
+    assert cuda.cudnn_sdp_enabled()
     backends = torch.nn.attention.SDPBackend
-    with torch.nn.attention.sdpa_kernel([backends.MATH, backends.CUDNN_ATTENTION]):
+    with torch.nn.attention.sdpa_kernel(backends=[backends.MATH, backends.CUDNN_ATTENTION, backends.MATH]):
         assert sdpa.backends.decode(sdpa.backends.current_switches()) == [SDPBackend.MATH]
         assert theirs["math"]() and not theirs["flash"]()
     with torch.nn.attention.sdpa_kernel(backends.MATH):
@@ -158,12 +246,37 @@ def test_switches_reach_both(patched):
     assert sdpa.flash_sdp_enabled() and theirs["flash"]()
 
 
+@pytest.mark.parametrize("wanted", ["MATH", 3, [theirs.MATH, None]], ids=str)
+def test_what_is_no_backend(patched, wanted):
+    with pytest.raises(ValueError, match=repr(wanted[1] if isinstance(wanted, list) else wanted)):
+        torch.nn.attention.sdpa_kernel(wanted).__enter__()
+
+
+def test_compiled_switches(device, patched):
+    query, key, value = (make(2, 4, 5, 8, device=device, grad=False, dtype=torch.float64) for _ in range(3))
+
+    def inside(which):
+        def f(*args):
+            with torch.nn.attention.sdpa_kernel(which):
+                return F.scaled_dot_product_attention(*args)
+
+        torch._dynamo.reset()
+        return torch.compile(f, fullgraph=True, backend="aot_eager")(query, key, value)
+
+    torch.testing.assert_close(inside([theirs.MATH]), torchs(query, key, value))
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="No available kernel"):
+        warnings.simplefilter("ignore")
+        inside(theirs.FLASH_ATTENTION)
+    assert all(enabled() for enabled in sdpa.patch._torch_enabled.values())
+
+
 def test_can_use_functions(patched):
     tensors = [torch.empty(2, 2, 8, 32, dtype=HALF) for _ in range(3)]
     cuda = torch.backends.cuda
     params = cuda.SDPAParams(*tensors, None, 0.0, False, False)
+    assert torch.nn.attention.can_use_flash_attention is cuda.can_use_flash_attention
     assert not cuda.can_use_flash_attention(params) and not cuda.can_use_efficient_attention(params)
-    params = cuda.SDPAParams(*tensors, None, 0.0, False, False, capability=(9, 0))
+    params = sdpa.SDPAParams(*tensors, capability=(9, 0))
     assert cuda.can_use_flash_attention(params) and cuda.can_use_efficient_attention(params)
 
 

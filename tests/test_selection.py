@@ -449,6 +449,13 @@ def test_warnings_as_errors_stop():
             attention(*inputs())
 
 
+def test_params_of_torch_or_of_nobody():
+    params = torch.backends.cuda.SDPAParams(*inputs(), None, 0.0, False, False)
+    assert not sdpa.can_use_flash_attention(params) and not sdpa.can_use_efficient_attention(params)
+    with pytest.raises(TypeError, match=r"SDPAParams.*got <class 'int'>"):
+        sdpa.can_use_flash_attention(3)
+
+
 def test_debug_gives_one_backends_reasons():
     params = sdpa.SDPAParams(*inputs(), capability=(7, 0))
     with pytest.warns(UserWarning) as caught:
