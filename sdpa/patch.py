@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,15 +24,22 @@ _torch_attention = torch.nn.functional.scaled_dot_product_attention
 _torch_sdpa_kernel = torch.nn.attention.sdpa_kernel
 # Our switch, and torch's setter and getter of the same name: both are set, for what goes to torch's own function.
 _SWITCHES = ("flash", "mem_efficient", "math")
+_members: Any = torch.nn.attention.SDPBackend.__members__
+_MEMBERS = {
+    "flash": _members["FLASH_ATTENTION"],
+    "mem_efficient": _members["EFFICIENT_ATTENTION"],
+    "math": _members["MATH"],
+    "cudnn": _members["CUDNN_ATTENTION"],
+}
 _torch_enable: dict[str, Callable[[bool], None]] = {
-    name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in _SWITCHES
+    name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in _MEMBERS
 }
 _torch_enabled: dict[str, Callable[[], bool]] = {
-    name: getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in _SWITCHES
+    name: getattr(torch.backends.cuda, f"{name}_sdp_enabled") for name in _MEMBERS
 }
-_members: Any = torch.nn.attention.SDPBackend.__members__
 _torch_member = {int(member): member for member in _members.values()}
 _overrides: Any = torch.overrides  # whose functions for the stack of modes are not typed
+_torch: Any = torch._C
 
 
 def _ours(t: Any) -> bool:
@@ -121,6 +128,23 @@ def _enable(name: str) -> Callable[[bool], None]:
 
 
 @contextmanager
+def _torch_switched(members: list[Any], set_priority: bool) -> Iterator[None]:
+    """``torch.nn.attention.sdpa_kernel``, which on some versions goes through names that we replace."""
+    before, order = {name: enabled() for name, enabled in _torch_enabled.items()}, _torch._get_sdp_priority_order()
+    try:
+        for name in before:
+            _torch_enable[name](_MEMBERS[name] in members)
+        if set_priority:
+            wanted = list(map(int, members))
+            _torch._set_sdp_priority_order(wanted + [number for number in order if number not in wanted])
+        yield
+    finally:
+        for name, enabled in before.items():
+            _torch_enable[name](enabled)
+        _torch._set_sdp_priority_order(order)
+
+
+@contextmanager
 def _sdpa_kernel(backends: Any, set_priority: bool = False) -> Iterator[dict[str, Any]]:
     every = [backends] if own.is_backend(backends) or isinstance(backends, (str, int)) else backends
     numbers = []
@@ -131,12 +155,20 @@ def _sdpa_kernel(backends: Any, set_priority: bool = False) -> Iterator[dict[str
             numbers.append(int(backend))
     ours = [own.BY_NUMBER[number] for number in numbers if number in own.BY_NUMBER]
     theirs = [_torch_member[number] for number in numbers]
-    with own.sdpa_kernel(ours, set_priority), _torch_sdpa_kernel(theirs, set_priority):
+    torchs: AbstractContextManager[Any]
+    if not torch.compiler.is_compiling():
+        torchs = _torch_switched(theirs, set_priority)
+    elif _COMPILES_TORCHS:
+        torchs = _torch_sdpa_kernel(theirs, set_priority)
+    else:
+        torchs = nullcontext()
+    with own.sdpa_kernel(ours, set_priority), torchs:
         yield {}
 
 
-# torch.compile looks here for the function of torch's that it knows.
+# torch.compile looks here for the function of torch's that it knows; before 2.11 it looks at what we replace.
 _sdpa_kernel.__wrapped__ = _torch_sdpa_kernel.__wrapped__  # type: ignore[attr-defined]
+_COMPILES_TORCHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 @contextmanager
