@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <optional>
 
@@ -98,20 +99,27 @@ Switches python_switches() {
   return (*switches_source)().cast<Switches>();
 }
 
-bool has_mode(c10::impl::TorchDispatchModeKey key) {
-  return c10::impl::TorchDispatchModeTLS::get_mode(key).has_value();
+using Mode = std::shared_ptr<c10::impl::PyObject_TorchDispatchMode>;
+
+Mode mode(c10::impl::TorchDispatchModeKey key) {
+  return c10::impl::TorchDispatchModeTLS::get_mode(key).value_or(nullptr);
 }
 
-// A graph is being retraced, by AOTAutograd or torch.export.
-bool tracing() {
-  return has_mode(c10::impl::TorchDispatchModeKey::FUNCTIONAL) || has_mode(c10::impl::TorchDispatchModeKey::PROXY);
+// The trace that is running, AOTAutograd's or torch.export's; null: none is.
+Mode trace() {
+  const Mode functional = mode(c10::impl::TorchDispatchModeKey::FUNCTIONAL);
+  return functional ? functional : mode(c10::impl::TorchDispatchModeKey::PROXY);
 }
 
-// A graph that ends by an error does not set back: so they hold only over the switches that they were set over, and a
-// trace's not for what runs.
+const PyObject* object(const Mode& mode) {
+  return mode ? mode->ptr(&mode->pyinterpreter()) : nullptr;
+}
+
+// What a graph set, where it was set. A graph may end, by an error or a graph break, before it has set back: so a
+// trace's hold in that trace alone, and those of a graph that runs only over the thread's switches of then.
 struct TracedSwitches {
   Switches value, over;
-  bool tracing;
+  Mode trace;
 };
 thread_local std::optional<TracedSwitches> traced_switches;
 
@@ -119,17 +127,15 @@ thread_local std::optional<TracedSwitches> traced_switches;
 
 Switches current_switches() {
   const Switches own = python_switches();
-  const auto& traced = traced_switches;
-  return traced && traced->over == own && traced->tracing == tracing() ? traced->value : own;
+  const auto& set = traced_switches;
+  return set && set->over == own && object(set->trace) == object(trace()) ? set->value : own;
 }
 
 void set_traced_switches(Switches switches) {
   check_switches(switches);
   traced_switches.reset();
   // Dynamo tries the node with fake tensors while it builds the graph; that is no run of the graph.
-  if (tracing() || !has_mode(c10::impl::TorchDispatchModeKey::FAKE)) {
-    traced_switches = {switches, python_switches(), tracing()};
-  }
+  if (trace() || !mode(c10::impl::TorchDispatchModeKey::FAKE)) traced_switches = {switches, python_switches(), trace()};
 }
 
 void forget_traced_switches() {
