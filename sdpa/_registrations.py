@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,6 +44,97 @@ def _accumulation_type(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> list[int]:
+    """What `check` of csrc/ops/inputs.cpp refuses, but for sizes that are symbolic: a guard for each costs recompiles.
+
+    Returns the leading dims.
+    """
+
+    def need(holds: bool, text: str) -> None:
+        if not holds:
+            raise RuntimeError(f"scaled_dot_product_attention: {text}")
+
+    tensors = {"query": query, "key": key, "value": value} | ({} if attn_mask is None else {"attn_mask": attn_mask})
+
+    def got(what: Callable[[Tensor], Any]) -> str:
+        return ", ".join(f"{name} {what(t)}" for name, t in tensors.items())
+
+    def sizes() -> str:
+        return got(lambda t: list(t.shape))
+
+    three = (query, key, value)
+    hint = "" if enable_gqa else " (with fewer key than query heads, pass enable_gqa=True)"
+    need(all(t.dim() >= 2 for t in three), f"query, key and value need 2 dims or more, got {sizes()}")
+    need(query.dtype in _TYPES, f"query must be float64, float32, float16 or bfloat16, got {query.dtype}")
+    need(
+        all(t.dtype == query.dtype for t in three),
+        f"query, key and value must have one dtype, got {got(lambda t: t.dtype)}",
+    )
+    need(
+        all(t.device == query.device for t in tensors.values()),
+        f"all tensors must be on one device, got {got(lambda t: t.device)}",
+    )
+    # A symbolic float is not looked at.
+    need(type(dropout_p) is not float or 0 <= dropout_p <= 1, f"dropout_p must be in [0, 1], got {dropout_p}")
+    need(type(scale) is not float or math.isfinite(scale), f"scale must be finite, got {scale}")
+    _check(
+        query.size(-1) == key.size(-1),
+        lambda: f"scaled_dot_product_attention: query and key must have the same head dim E, got {sizes()}",
+    )
+    _check(
+        key.size(-2) == value.size(-2),
+        lambda: f"scaled_dot_product_attention: key and value must have the same length S, got {sizes()}",
+    )
+    if enable_gqa:
+        need(all(t.dim() > 2 for t in three), f"enable_gqa needs a heads dim (3 dims or more), got {sizes()}")
+        heads = [t.size(-3) for t in three]
+        if all(type(n) is int for n in heads):
+            need(
+                min(heads[1:]) > 0 and heads[0] % heads[1] == 0 and heads[0] % heads[2] == 0,
+                f"enable_gqa needs query heads to be a multiple of key and value heads, got {sizes()}",
+            )
+            need(
+                heads[1] == heads[2] or 1 in heads[1:],
+                f"key and value must have the same number of heads (or one), got {sizes()}",
+            )
+    try:
+        lead = _lead(query, key, value, enable_gqa)
+    except RuntimeError:
+        need(
+            any(type(n) is not int for t in three for n in t.shape),
+            f"the leading dims do not broadcast: {sizes()}{hint}",
+        )
+        raise
+    if attn_mask is not None:
+        need(not is_causal, f"is_causal=True and attn_mask (of shape {list(attn_mask.shape)}) must not both be set")
+        need(
+            attn_mask.dtype in (torch.bool, *_TYPES)
+            and (attn_mask.dtype != torch.float64 or query.dtype == torch.float64),
+            "attn_mask must be bool, float32, float16 or bfloat16 (float64 with float64 inputs), "
+            f"got {attn_mask.dtype} with query {query.dtype}",
+        )
+        full = [*lead, query.size(-2), key.size(-2)]
+        pairs = list(zip(reversed(attn_mask.shape), reversed(full), strict=False))
+        need(
+            attn_mask.dim() <= len(full)
+            and all(type(n) is not int or type(whole) is not int or n in (1, whole) for n, whole in pairs),
+            f"attn_mask of shape {list(attn_mask.shape)} does not broadcast to (N, ..., L, S) = {full}",
+        )
+    return lead
+
+
 @_register_fake("sdpa::attention_forward")
 def _forward_fake(
     query: Tensor,
@@ -57,12 +149,7 @@ def _forward_fake(
     grad_wanted: bool = False,
     mask_grad_wanted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for name, t in (("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if t is not None and t.device != query.device:
-            raise RuntimeError(f"query is on {query.device}, {name} on {t.device}")
-    _check(query.size(-1) == key.size(-1), lambda: f"query and key differ in E: {query.shape}, {key.shape}")
-    _check(key.size(-2) == value.size(-2), lambda: f"key and value differ in S: {key.shape}, {value.shape}")
-    lead = _lead(query, key, value, enable_gqa)
+    lead = _check_inputs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     output = _empty_in_layout_of(query, [*lead, query.size(-2), value.size(-1)])
     lse_shape = [*lead, query.size(-2)] if grad_wanted else [0]
     return (

@@ -653,6 +653,19 @@ def test_bad_input_is_named(name):
         assert not missing, f"{missing} not in: {error.value}"
 
 
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_for_meta_tensors(name):
+    (tensors, kwargs), values = BAD[name]
+    meta = {k: v.to("meta") if torch.is_tensor(v) and name != "mask device" else v for k, v in kwargs.items()}
+    if name == "mask device":
+        meta["attn_mask"] = torch.ones(5, 7)
+    with pytest.raises(RuntimeError) as error:
+        attention(*(t.to("meta") for t in tensors), **meta)
+    spelled = {"Long": "int64", "Double": "float64", "Float": "float32"}
+    missing = [v for v in values if spelled.get(v, v) not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
 def test_integer_dtypes_are_refused(device, dtype):
     args = [torch.ones(2, 3, 5, 8, dtype=dtype, device=device) for _ in range(3)]
@@ -667,6 +680,8 @@ def test_mixed_dtypes_and_devices_are_refused(device, which):
     args[which] = args[which].half()
     with pytest.raises(RuntimeError, match=r"Float.*Half"):
         attention(*args)
+    with pytest.raises(RuntimeError, match=r"float32.*float16"):
+        attention(*(t.to("meta") for t in args))
     args = inputs(device, grad=False)
     args[which] = args[which].to("meta")
     with pytest.raises(RuntimeError, match="meta"):
