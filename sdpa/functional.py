@@ -21,6 +21,17 @@ def resolve_bias(bias: CausalBias, is_causal: bool, device: torch.device) -> tup
     return torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L), False
 
 
+def _check_kinds(**arguments: object) -> None:
+    """Names the argument that is no dense tensor."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            if t is not None or name != "attn_mask":
+                raise TypeError(f"scaled_dot_product_attention: {name} must be a Tensor, got {t!r}") from None
+        elif t.is_nested or t.layout != torch.strided:
+            kind = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+            raise TypeError(f"scaled_dot_product_attention: {name} must be a dense tensor, got {kind}") from None
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -79,4 +90,8 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches()
         )[0]
         return output
-    return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches())
+    try:
+        return _C.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, current_switches())
+    except (TypeError, NotImplementedError):
+        _check_kinds(query=query, key=key, value=value, attn_mask=attn_mask)
+        raise

@@ -666,6 +666,24 @@ def test_bad_input_is_named_for_meta_tensors(name):
     assert not missing, f"{missing} not in: {error.value}"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_no_dense_tensor_is_named():
+    dense = make(2, 3, 5, 8)
+    nested = torch.nested.nested_tensor([make(3, 5, 8, grad=False), make(3, 4, 8, grad=False)])
+    for wrong, text in (
+        (None, "must be a Tensor, got None"),
+        ([1], r"must be a Tensor, got \[1\]"),
+        (dense.to_sparse(), "must be a dense tensor, got one of layout torch.sparse_coo"),
+        (nested, "must be a dense tensor, got a nested one"),
+    ):
+        for position, name in enumerate(("query", "key", "value", "attn_mask")):
+            args = [dense] * 3 + [None]
+            args[position] = wrong
+            if wrong is not None or name != "attn_mask":
+                with pytest.raises(TypeError, match=f"{name} {text}"):
+                    attention(*args)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
 def test_integer_dtypes_are_refused(device, dtype):
     args = [torch.ones(2, 3, 5, 8, dtype=dtype, device=device) for _ in range(3)]
