@@ -226,6 +226,21 @@ def _rank(tensors: tuple[Tensor | None, ...], dims: Dims) -> int:
     return max(3, *(len(_example_shape(t, d)) for t, d in zip(tensors, dims, strict=True) if t is not None))
 
 
+# One seed for all examples: as where the forward folds them into the batch, each has numbers of its own under it.
+
+
+@_register_vmap("sdpa::_dropout_seed")
+def _seed_vmap(info: Any, in_dims: Dims, rows: Tensor) -> tuple[Tensor, None]:
+    _check_randomness(info, 1.0)
+    return torch.ops.sdpa._dropout_seed(rows), None
+
+
+@_register_vmap("sdpa::_dropout_keep")
+def _keep_vmap(info: Any, in_dims: Dims, seed: Tensor, rows: Tensor, S: int, dropout_p: float) -> tuple[Tensor, int]:
+    assert in_dims[0] is None and in_dims[1] is not None
+    return torch.ops.sdpa._dropout_keep(seed, rows.movedim(in_dims[1], 0), S, dropout_p), 0
+
+
 @_register_vmap("sdpa::attention_forward")
 def _forward_vmap(
     info: Any,
@@ -265,6 +280,14 @@ def _backward_vmap(
     *rest: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     tensors, size = (grad_output, query, key, value, attn_mask, output), info.batch_size
+    if rest[1] > 0 and in_dims[5] is None:  # dropout that was drawn once for all examples: not to be folded
+        args = (*tensors, logsumexp, logsumexp_rest)
+        calls = [
+            [t if t is None or d is None else t.select(d, i) for t, d in zip(args, in_dims[:8], strict=True)]
+            for i in range(size)
+        ]
+        each = [torch.ops.sdpa.attention_backward(*call, *rest) for call in calls]
+        return tuple(torch.stack(grads) for grads in zip(*each, strict=True)), (0, 0, 0, 0)
     rank = _rank(tensors, in_dims[:6])
     folded = [_fold(t, d, rank, size) for t, d in zip(tensors, in_dims[:6], strict=True)]
     rows = [_fold(t, d, rank - 1, size) for t, d in zip((logsumexp, logsumexp_rest), in_dims[6:8], strict=True)]

@@ -15,6 +15,7 @@ import torch._dynamo.testing
 import torch.nn.attention
 import torch.nn.functional as F
 from reference import INF, eager, make, upcoming_seed
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sdpa
@@ -109,6 +110,13 @@ def test_opcheck(device, name, layout):
 
 def test_opcheck_of_the_switches():
     torch.library.opcheck(torch.ops.sdpa._set_switches, (ALL,))
+
+
+def test_opcheck_of_dropout(device):
+    rows = torch.randn(2, 3, 5, device=device, requires_grad=True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sdpa._dropout_seed, (rows,), test_utils=tests)
+    torch.library.opcheck(torch.ops.sdpa._dropout_keep, (torch.ops.sdpa._dropout_seed(rows), rows, 7, 0.3))
 
 
 # torch.compile
@@ -505,9 +513,6 @@ def test_functional_transforms(device):
     )
 
 
-# Derivatives of every order
-
-
 def seeded(f):
     def run(*args):
         torch.manual_seed(11)
@@ -516,12 +521,76 @@ def seeded(f):
     return run
 
 
+def test_functional_transforms_with_dropout(device):
+    query, key, value = (t.detach() for t in inputs(device, DOUBLE))
+    leaf, cotangents = query.clone().requires_grad_(), torch.randn(3, 2, 4, 5, 8, dtype=DOUBLE, device=device)
+
+    def f(query):
+        return attention(query, key, value, dropout_p=0.3)
+
+    def loss(query):
+        return f(query).square().sum()
+
+    output = seeded(f)(leaf)
+    (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf, retain_graph=True)
+    func = torch.func
+    same([seeded(func.grad(loss))(query)], [first])
+    same([seeded(func.grad(lambda query: func.grad(loss)(query).sum()))(query)], [second])
+    plain, tangent = seeded(lambda: func.jvp(f, (query,), (query,)))()
+    numeric = (seeded(f)(query * (1 + 1e-6)) - seeded(f)(query * (1 - 1e-6))) / 2e-6
+    same([plain, tangent], [output, numeric], rtol=1e-6, atol=1e-6)
+    each = torch.stack([torch.autograd.grad(output, leaf, t, retain_graph=True)[0] for t in cotangents])
+    vjps = [torch.vmap(lambda t: torch.autograd.grad(output, leaf, t, retain_graph=True)[0])(cotangents)]
+    vjps += [seeded(lambda: torch.vmap(func.vjp(f, query)[1])(cotangents)[0])()]
+    same(vjps, [each, each])
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_vmap_of_transforms_with_dropout(device, which):
+    tensors = [t.detach() for t in inputs(device, DOUBLE)]
+    batch = torch.randn(3, *tensors[which].shape, dtype=DOUBLE, device=device)
+
+    def f(x):
+        return attention(*tensors[:which], x, *tensors[which + 1 :], dropout_p=0.3)
+
+    def vmap(f, randomness="different"):
+        return seeded(torch.vmap(f, randomness=randomness))
+
+    leaf = batch.clone().requires_grad_()
+    output = vmap(f)(leaf)
+    expected = torch.autograd.grad(output.square().sum(), leaf)
+    same([vmap(torch.func.grad(lambda x: f(x).square().sum()))(batch)], expected)
+    same([vmap(lambda x: torch.func.jvp(f, (x,), (x,))[0])(batch)], [output])
+    with pytest.raises(RuntimeError, match=r"randomness='different'.*'error'"):
+        vmap(lambda x: torch.func.jvp(f, (x,), (x,))[0], "error")(batch)
+
+
+def test_compile_of_transforms_with_dropout(device):
+    query, key, value = (t.detach() for t in inputs(device))
+
+    def f(query):
+        return attention(query, key, value, dropout_p=0.3)
+
+    for transform in (
+        lambda x: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda x: torch.func.jvp(f, (x,), (x,)),
+    ):
+        compiled = torch.compile(transform, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(seeded(compiled)(query), seeded(transform)(query))
+
+
+# Derivatives of every order
+
+
 @pytest.mark.parametrize(
     "name",
     ["plain", "causal", "gqa", "dropout", "mask", "broadcast mask", "bool mask", "hidden rows", "broadcast keys"],
 )
 def test_gradcheck(device, name):
-    tensors = inputs(device, DOUBLE, B=1, H=2, L=3, S=4, E=2, Ev=3, key_heads=1 if name == "gqa" else None)
+    tensors = inputs(
+        device, DOUBLE, B=1, H=4 if name == "gqa" else 2, L=3, S=4, E=2, Ev=3, key_heads=2 if name == "gqa" else None
+    )
     kwargs = {
         "is_causal": name == "causal",
         "enable_gqa": name == "gqa",
@@ -563,6 +632,28 @@ def test_double_backward_in_half(device):
     grads = torch.autograd.grad(attention(*tensors).square().sum(), tensors, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
     assert all(g.isfinite().all() and g.dtype == HALF for g in second)
+
+
+def test_derivatives_copy_no_grouped_keys(device):
+    query, key, value = inputs(device, H=8, L=1, S=64, E=32, Ev=32, key_heads=1)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            largest = max([largest, *(t.numel() for t in tensors)])
+            return result
+
+    def f(*args):
+        return attention(*args, enable_gqa=True).square().sum()
+
+    with Sizes():
+        grads = torch.autograd.grad(f(query, key, value), (query, key, value), create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), (query, key, value))
+        torch.func.jvp(lambda query: f(query, key, value), (query,), (query,))
+    assert largest == key.numel()
 
 
 def test_higher_derivatives_need_math(device):

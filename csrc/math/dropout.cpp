@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
@@ -64,6 +66,31 @@ at::Tensor dropout_keep(const at::Tensor& seed, double dropout_p, int64_t first_
 #endif
   // Without our kernels a GPU's mask is drawn on the CPU: slow, and the same.
   return keep_on_cpu(seed.item<int64_t>(), p, first_batch_head, batch_heads, first_row, rows, S).to(seed.device());
+}
+
+at::Tensor dropout_seed(const at::Tensor& like) {
+  return at::empty({1}, like.options().dtype(at::kLong)).random_();
+}
+
+at::Tensor dropout_keep_rows(const at::Tensor& seed, const at::Tensor& rows, int64_t S, double dropout_p) {
+  const c10::OptionalDeviceGuard guard(seed.device());
+  const int64_t L = rows.size(-1), batch_heads = rows.numel() / std::max<int64_t>(L, 1);
+  auto sizes = rows.sizes().vec();
+  sizes.push_back(S);
+  return dropout_keep(seed, dropout_p, 0, batch_heads, 0, L, S).view(sizes);
+}
+
+at::Tensor call_dropout_seed(const at::Tensor& rows) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("sdpa::_dropout_seed", "").typed<at::Tensor(const at::Tensor&)>();
+  return op.call(rows);
+}
+
+at::Tensor call_dropout_keep(const at::Tensor& seed, const at::Tensor& rows, const c10::SymInt& S, double dropout_p) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("sdpa::_dropout_keep", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt, double)>();
+  return op.call(seed, rows, S, dropout_p);
 }
 
 }  // namespace sdpa

@@ -151,8 +151,7 @@ Forward attention_forward(const Tensor& query, const Tensor& key, const Tensor& 
   Tensor logsumexp =
       at::empty(grad_wanted ? in.shape({in.L}) : std::vector<int64_t>{0}, query.options().dtype(lse_type(query)));
   Tensor logsumexp_rest = at::empty(logsumexp.sizes(), logsumexp.options());
-  Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
-  if (dropout_p > 0) seed.random_();
+  const Tensor seed = dropout_p > 0 ? dropout_seed(query) : at::empty({0}, query.options().dtype(at::kLong));
   if (in.empty() || in.S == 0) {
     output.zero_();
     logsumexp.fill_(-std::numeric_limits<double>::infinity());

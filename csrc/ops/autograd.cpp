@@ -94,10 +94,8 @@ Forward forward_autograd(const Tensor& query, const Tensor& key, const Tensor& v
   if (has_tangent(query, key, value, mask)) {
     need_math(backends, "forward-mode AD");
     check({query, key, value, mask, dropout_p, is_causal, scale, enable_gqa});
-    Tensor seed = at::empty({dropout_p > 0 ? 1 : 0}, query.options().dtype(at::kLong));
-    if (dropout_p > 0) seed.random_();
-    const auto [output, lse] =
-        differentiable_forward(query, key, value, mask, dropout_p, is_causal, scale_of(query, scale), enable_gqa, seed);
+    const auto [output, lse, seed] =
+        differentiable_forward(query, key, value, mask, dropout_p, is_causal, scale_of(query, scale));
     return {output, lse, at::zeros_like(lse), seed};
   }
   if (!torch::autograd::compute_requires_grad(query, key, value, mask)) {
@@ -142,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(const Tensor& grad_
   if (torch::autograd::compute_requires_grad(grad_output, query, key, value, mask) ||
       has_tangent(grad_output, query, key, value, mask)) {
     need_math(backends, "a derivative of the backward");
-    auto grads = differentiable_backward(grad_output, query, key, value, mask, dropout_p, is_causal,
-                                         scale_of(query, scale), enable_gqa, seed);
+    auto grads = differentiable_backward(grad_output, query, key, value, mask, logsumexp, seed, dropout_p, is_causal,
+                                         scale_of(query, scale));
     const Tensor none = at::empty({0}, query.options());
     if (!wanted[0]) std::get<0>(grads) = none;
     if (!wanted[1]) std::get<1>(grads) = none;

@@ -1,7 +1,9 @@
-// Schemas, and what runs where. Fake kernels and batching rules are in sdpa/_registrations.py.
+// Schemas, and what runs where. Batching rules, and attention's fake kernels, are in sdpa/_registrations.py.
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "math/math.h"
 #include "ops/attention.h"
 #include "select/select.h"
 
@@ -43,6 +45,20 @@ static Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor&
                                             current_switches(), false, false));
 }
 
+namespace {
+
+Tensor fake_dropout_seed(const Tensor& rows) {
+  return at::empty({1}, rows.options().dtype(at::kLong));
+}
+
+Tensor fake_dropout_keep(const Tensor& seed, const Tensor& rows, c10::SymInt S, double) {
+  auto sizes = rows.sym_sizes().vec();
+  sizes.push_back(std::move(S));
+  return at::empty_symint(sizes, seed.options().dtype(at::kByte));
+}
+
+}  // namespace
+
 TORCH_LIBRARY(sdpa, m) {
   const std::vector<at::Tag> compiled = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded,
                                          at::Tag::needs_exact_strides};
@@ -62,6 +78,9 @@ TORCH_LIBRARY(sdpa, m) {
       "enable_gqa, int backends, "
       "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides});
+  // What the differentiable form of attention draws (math.h).
+  m.def("_dropout_seed(Tensor rows) -> Tensor", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+  m.def("_dropout_keep(Tensor seed, Tensor rows, SymInt S, float dropout_p) -> Tensor", {at::Tag::pt2_compliant_tag});
   // A call that the compiler sees at trace time, so that torch.ops.sdpa.attention under a context manager inside a
   // compiled function takes that manager's switches.
   m.def("_set_switches(int backends) -> ()", {at::Tag::pt2_compliant_tag});
@@ -75,10 +94,22 @@ TORCH_LIBRARY_IMPL(sdpa, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(sdpa, CPU, m) {
   m.impl("attention_forward", attention_forward);
   m.impl("attention_backward", attention_backward);
+  m.impl("_dropout_seed", dropout_seed);
+  m.impl("_dropout_keep", dropout_keep_rows);
 }
 TORCH_LIBRARY_IMPL(sdpa, CUDA, m) {
   m.impl("attention_forward", attention_forward);
   m.impl("attention_backward", attention_backward);
+  m.impl("_dropout_seed", dropout_seed);
+  m.impl("_dropout_keep", dropout_keep_rows);
+}
+TORCH_LIBRARY_IMPL(sdpa, Meta, m) {
+  m.impl("_dropout_seed", fake_dropout_seed);
+  m.impl("_dropout_keep", fake_dropout_keep);
+}
+TORCH_LIBRARY_IMPL(sdpa, Autograd, m) {
+  m.impl("_dropout_seed", torch::CppFunction::makeFallthrough());
+  m.impl("_dropout_keep", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace sdpa
