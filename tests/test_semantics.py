@@ -398,6 +398,8 @@ def test_output_has_the_querys_layout(device, backend, dtype, order):
     assert query.shape == shape
     output, *_ = check(backend, query, key, value)
     assert output.stride() == query.stride()
+    if backend == SDPBackend.MATH:
+        assert torch.func.jvp(lambda q: attention(q, key, value), (query,), (query,))[0].stride() == query.stride()
     wider = torch.cat([value, value], -1).detach()
     output, *_ = check(backend, query.detach(), key.detach(), wider)
     assert output.permute(*order, 3).is_contiguous()

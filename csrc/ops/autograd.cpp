@@ -96,7 +96,7 @@ Forward forward_autograd(const Tensor& query, const Tensor& key, const Tensor& v
     check({query, key, value, mask, dropout_p, is_causal, scale, enable_gqa});
     const auto [output, lse, seed] =
         differentiable_forward(query, key, value, mask, dropout_p, is_causal, scale_of(query, scale));
-    return {output, lse, at::zeros_like(lse), seed};
+    return {in_layout_of(query, output), lse, at::zeros_like(lse), seed};
   }
   if (!torch::autograd::compute_requires_grad(query, key, value, mask)) {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -187,7 +187,8 @@ void for_each_4d(const FourDims& tensors, int64_t first_batch_head,
   }
 }
 
-Tensor empty_in_layout_of(const Tensor& query, const std::vector<int64_t>& sizes) {
+// The dims of a tensor in the layout of `query`, outermost in memory first.
+static std::vector<int64_t> layout_of(const Tensor& query, at::IntArrayRef sizes) {
   const int64_t rank = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> order(rank);
   std::iota(order.begin(), order.end(), 0);
@@ -199,13 +200,25 @@ Tensor empty_in_layout_of(const Tensor& query, const std::vector<int64_t>& sizes
     std::stable_sort(order.begin(), order.end() - 1,
                      [&](int64_t a, int64_t b) { return query.stride(a) > query.stride(b); });
   }
-  std::vector<int64_t> strides(rank);
+  return order;
+}
+
+Tensor empty_in_layout_of(const Tensor& query, const std::vector<int64_t>& sizes) {
+  const auto order = layout_of(query, sizes);
+  std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (int64_t i = rank - 1; i >= 0; --i) {
+  for (size_t i = sizes.size(); i-- > 0;) {
     strides[order[i]] = stride;
     stride *= std::max<int64_t>(sizes[order[i]], 1);
   }
   return at::empty_strided(sizes, strides, query.options());
+}
+
+Tensor in_layout_of(const Tensor& query, const Tensor& t) {
+  const auto order = layout_of(query, t.sizes());
+  std::vector<int64_t> back(order.size());
+  for (size_t i = 0; i < order.size(); ++i) back[order[i]] = static_cast<int64_t>(i);
+  return t.permute(order).contiguous().permute(back);
 }
 
 int forced_capability() {

@@ -48,6 +48,9 @@ void for_each_4d(const FourDims& tensors, int64_t first_batch_head,
 // An empty (lead..., L, columns) tensor in the memory layout of `query`, dense.
 at::Tensor empty_in_layout_of(const at::Tensor& query, const std::vector<int64_t>& sizes);
 
+// `t`, which has the output's shape, in that layout.
+at::Tensor in_layout_of(const at::Tensor& query, const at::Tensor& t);
+
 // The selector's view of 4-dim tensors.
 struct Wants {
   bool any_grad = false, mask_grad = false, mask_broadcasts = false;
