@@ -86,6 +86,19 @@ def test_empty_calls_give_zeros_and_lse_of_nothing(device, backend):
     assert (lse == -INF).all() and lse.shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize(
+    "heads, enable_gqa", [((0, 0, 0), True), ((0, 2, 2), True), ((0, 0, 1), True), ((0, 1, 0), False)], ids=str
+)
+def test_no_heads_give_an_empty_output(device, heads, enable_gqa):
+    query, key, value = (torch.ones(2, n, 5, 8, device=device, requires_grad=True) for n in heads)
+    output = attention(query, key, value, enable_gqa=enable_gqa)
+    assert output.shape == (2, 0, 5, 8)
+    for create_graph in (False, True):
+        grads = torch.autograd.grad(output.sum(), (query, key, value), retain_graph=True, create_graph=create_graph)
+        assert all((g == 0).all() for g in grads)
+    assert sdpa.explain(query, key, value, enable_gqa=enable_gqa).chosen is not None
+
+
 # Scale and causality
 
 
@@ -94,6 +107,11 @@ def test_empty_calls_give_zeros_and_lse_of_nothing(device, backend):
 @dtypes
 def test_scale(device, backend, dtype, scale, is_causal):
     check(backend, *inputs(device, dtype), is_causal=is_causal, scale=scale)
+
+
+def test_scale_beyond_float32(device):
+    query, key, value = inputs(device, DOUBLE, grad=False)
+    torch.testing.assert_close(attention(query / 1e200, key, value, scale=1e200), attention(query, key, value, scale=1))
 
 
 def test_scale_by_position(device):
@@ -636,6 +654,8 @@ BAD = {
     "p nan": (bad(dropout_p=math.nan), ["nan"]),
     "scale inf": (bad(scale=INF), ["inf"]),
     "scale nan": (bad(scale=math.nan), ["nan"]),
+    "scale high": (bad(scale=1e39), ["1e+39", "float32"]),
+    "scale low": (bad(scale=-1e300), ["-1e+300", "float32"]),
     "causal and mask": (bad(is_causal=True, attn_mask=torch.ones(5, 7)), ["is_causal", "[5, 7]"]),
     "mask shape": (bad(attn_mask=torch.ones(5, 6)), ["[5, 6]", "[2, 3, 5, 7]"]),
     "mask rank": (bad(attn_mask=torch.ones(1, 2, 3, 5, 7)), ["[1, 2, 3, 5, 7]", "[2, 3, 5, 7]"]),

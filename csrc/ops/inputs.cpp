@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <sstream>
 #include <string>
@@ -85,8 +86,11 @@ Inputs check(const Arguments& a) {
   TORCH_CHECK(!(a.is_causal && a.attn_mask.defined()),
               "scaled_dot_product_attention: is_causal=True and attn_mask (of shape ",
               a.attn_mask.defined() ? a.attn_mask.sizes() : at::IntArrayRef{}, ") must not both be set");
-  TORCH_CHECK(!a.scale || std::isfinite(*a.scale), "scaled_dot_product_attention: scale must be finite, got ",
-              a.scale.value_or(0));
+  // In the scores' type: with an infinite scale all of them would be infinite or NaN.
+  const bool is_double = a.query.scalar_type() == at::kDouble;
+  const double largest = is_double ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  TORCH_CHECK(!a.scale || std::abs(*a.scale) <= largest, "scaled_dot_product_attention: scale must be finite in ",
+              is_double ? "float64" : "float32", ", in which scores are computed, got ", a.scale.value_or(0));
 
   Inputs in;
   in.L = a.query.size(-2);
@@ -109,8 +113,9 @@ Inputs check(const Arguments& a) {
     const int64_t heads = query_lead.back();
     key_heads = key_lead.back();
     value_heads = value_lead.back();
+    const auto divides = [&](int64_t n) { return n == 0 ? heads == 0 : heads % n == 0; };
     TORCH_CHECK(
-        key_heads > 0 && value_heads > 0 && heads % key_heads == 0 && heads % value_heads == 0,
+        divides(key_heads) && divides(value_heads),
         "scaled_dot_product_attention: enable_gqa needs query heads to be a multiple of key and value heads, got ",
         heads, " query, ", key_heads, " key and ", value_heads, " value heads");
     TORCH_CHECK(key_heads == value_heads || key_heads == 1 || value_heads == 1,
@@ -131,9 +136,10 @@ Inputs check(const Arguments& a) {
     key_heads = key_lead.empty() ? 1 : key_lead.back();
     value_heads = value_lead.empty() ? 1 : value_lead.back();
   }
+  const int64_t shared_heads = key_heads == 1 ? value_heads : key_heads;
   in.query = expand_lead(a.query, in.lead, in.lead.empty() ? 0 : in.lead.back());
-  in.key = expand_lead(a.key, in.lead, std::max(key_heads, value_heads));
-  in.value = expand_lead(a.value, in.lead, std::max(key_heads, value_heads));
+  in.key = expand_lead(a.key, in.lead, shared_heads);
+  in.value = expand_lead(a.value, in.lead, shared_heads);
   if (a.attn_mask.defined()) {
     const auto full = in.shape({in.L, in.S});
     bool fits = a.attn_mask.dim() <= static_cast<int64_t>(full.size());
