@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps <the sdpa source folder or 'sdpa'>"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir"
 
 
 def check_torch(built: str, running: str) -> None:
@@ -14,7 +14,7 @@ def check_torch(built: str, running: str) -> None:
     if built.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(
             f"sdpa was built for torch {built}, but torch {running} is installed. torch's C++ interface changes "
-            f"between minor versions, so rebuild it: {REBUILD}"
+            f"between minor versions, so rebuild it: {REBUILD} sdpa (or, from the source folder, {REBUILD} .)"
         )
 
 
