@@ -107,6 +107,24 @@ def test_names_are_unique_and_headers_exist():
     assert {row[:2] for row in forward} == {row[:2] for row in backward}
 
 
+def test_ci_compiles_every_variant():
+    script = (ROOT / ".ci" / "run").read_text()
+    chips = re.findall(r"TORCH_CUDA_ARCH_LIST=(\S+)", script)
+    for line in re.findall(r"compile_matrix.py .*", script):
+        if "--only" not in line:
+            chips += re.findall(r" (\d\.\d)", line)
+    targets = [variants.Target.parse(text) for text in chips]
+    assert not [v.name for v in variants.VARIANTS if not variants.targets_of(v, targets, False)]
+
+
+@pytest.mark.parametrize("chip", ["7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def test_one_chip_has_at_most_60_translation_units(tmp_path, chip):
+    assert generate(tmp_path, "--archs", chip).returncode == 0
+    kernels = re.findall(r"\.cu$", (tmp_path / "variants.cmake").read_text().replace(")", ""), re.MULTILINE)
+    host = re.findall(r"^  csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    assert len(host) >= 14 and len(kernels) + len(host) <= 60
+
+
 def generate(folder, *args):
     command = [sys.executable, str(KERNELS / "variants.py"), "--out", str(folder), *args]
     return subprocess.run(command, capture_output=True, text=True)
@@ -195,6 +213,21 @@ def test_compiler_launcher(tmp_path, text, code):
         assert re.search(r"_Z1aPf spills 36 bytes on sm_80 with 255 registers", done.stderr)
 
 
+def test_missing_instructions_of_flash():
+    compile_matrix = load(KERNELS / "compile_matrix.py")
+    held = dict.fromkeys(compile_matrix.INSTRUCTIONS, 1)
+    turing, ampere, efficient = (
+        next(v for v in variants.VARIANTS if (v.backend, v.path) == row)
+        for row in (("flash", 75), ("flash", 80), ("efficient", 80))
+    )
+    assert not compile_matrix.missing(ampere, "flash_forward_kernel", 128, held)
+    held["LDGSTS"] = 0
+    assert compile_matrix.missing(ampere, "flash_forward_kernel", 128, held) == ["LDGSTS"]
+    assert not compile_matrix.missing(turing, "flash_forward_kernel", 128, held)
+    for v, name, registers in ((ampere, "flash_delta", 128), (ampere, "flash_forward", 4), (efficient, "forward", 128)):
+        assert not compile_matrix.missing(v, name, registers, held)
+
+
 # The rooms
 
 
@@ -214,7 +247,8 @@ def test_import_for_another_torch_is_refused(built, running):
     with pytest.raises(ImportError) as error:
         sdpa._load.check_torch(built, running)
     assert built in str(error.value) and running in str(error.value)
-    assert "pip install --no-build-isolation" in str(error.value)
+    command = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir"
+    assert f"rebuild it: {command} sdpa (or, from the source folder, {command} .)" in str(error.value)
 
 
 @pytest.mark.parametrize("built, running", [("2.11.0+cu130", "2.11.1+cpu"), ("2.8.0", "2.8.0")])

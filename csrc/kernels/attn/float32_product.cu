@@ -85,6 +85,7 @@ struct ProductTile {
   using A = OperandTile<kRows, kAAlongDepth, kThreads>;
   using B = OperandTile<kCols, kBAlongDepth, kThreads>;
   static constexpr int kStageBytes = A::kBytes + B::kBytes, kSharedBytes = 3 * kStageBytes;
+  static_assert(kSharedBytes <= Sm80::kSharedBytes);
 };
 
 // How the products of a result are summed up. By mma the smaller ones have a chain of sums of their own, or go with the

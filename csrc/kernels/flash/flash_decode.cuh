@@ -48,7 +48,8 @@ struct FlashDecode {
   static constexpr int kSumBytes = kWarps * kRows * (kHeadDim + 2) * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kWarps * kWarpBytes;
   static_assert(kSumBytes <= kSharedBytes && kSharedBytes == decode_shared_bytes(kWarps));
-  static_assert(kWarps > kSmallDecodeBlock.warps || kSharedBytes <= Arch::kSharedBytes);
+  // A large block is for chips with more than the path's least (runs_large_decode_blocks).
+  static_assert(kSharedBytes <= (kWarps > kSmallDecodeBlock.warps ? 227 * 1024 : Arch::kSharedBytes));
 
   // Starts the copies of 16 rows, by one warp; what lies outside the operand becomes zero. `policy`: of L2.
   static __device__ __forceinline__ void fetch(const KeyTile& tile, const HeadRows<const T>& source, int row0,
