@@ -71,6 +71,57 @@ def all_archs(version: tuple[int, int]) -> str:
     return ("7.0;" if version < (13, 0) else "") + "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
+# torch.utils.cpp_extension's.
+NAMED_ARCHS = {
+    "Kepler": "3.5+PTX",
+    "Kepler+Tesla": "3.7",
+    "Maxwell": "5.0;5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+
+
+def visible_archs(torch: object) -> str:
+    seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}  # type: ignore[attr-defined]
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+
+
+def spelt_out(archs: str, nvcc: Path, version: tuple[int, int], torch: object) -> str:
+    """TORCH_CUDA_ARCH_LIST with torch's names as numbers; exits if there is one that cannot be compiled for."""
+    names = NAMED_ARCHS | dict.fromkeys(("All", "Common"), all_archs(version)) | {"native": visible_archs(torch)}
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    result = []
+    for entry in re.split(r"[ ,;]+", archs):
+        for arch in names.get(entry, entry).split(";"):
+            said = f"sdpa: TORCH_CUDA_ARCH_LIST has {entry!r}" + (f", {arch}" if entry in names and arch else "")
+            match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+            if not match:
+                raise SystemExit(
+                    f"{said}, but no GPU is visible"
+                    if entry == "native"
+                    else f"{said}; expected entries such as 8.0, 9.0a or 9.0+PTX, or of {', '.join(names)}"
+                )
+            capability = int(match[1] + match[2])
+            if capability < 70:
+                raise SystemExit(f"{said}; there are kernels for 7.0 and newer")
+            # Newer chips than Hopper get its PTX, unless the older paths are asked for, too.
+            compiled = match[1] + match[2] if capability < 100 or os.environ.get("SDPA_ALL_PATHS") == "1" else "90"
+            if compiled not in known:
+                raise SystemExit(f"{said}, which nvcc {version[0]}.{version[1]} ({nvcc}) does not compile for")
+            result.append(arch)
+    return ";".join(result)
+
+
 def find_cuda(torch: object) -> Cuda | str:
     """The CUDA to build with, or why the build goes without, which is said."""
     choice = os.environ.get("SDPA_CUDA", "auto")
@@ -105,15 +156,16 @@ def find_cuda(torch: object) -> Cuda | str:
         )
     if version < (12, 4):
         return without(f"nvcc is {version[0]}.{version[1]}", "CUDA 12.4 or newer is needed.")
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if not archs and choice == "auto":
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ,;")
+    if archs:
+        archs = spelt_out(archs, nvcc, version, torch)
+    elif choice == "auto":
         if not torch.cuda.is_available():  # type: ignore[attr-defined]
             return without(
                 "no GPU is visible and TORCH_CUDA_ARCH_LIST is not set",
                 "Set SDPA_CUDA=1 for all chips, or TORCH_CUDA_ARCH_LIST for some, to build the GPU kernels anyway.",
             )
-        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}  # type: ignore[attr-defined]
-        archs = ";".join(f"{major}.{minor}" for major, minor in sorted(seen))
+        archs = visible_archs(torch)
     libraries = [home / "lib64", home / "lib"]
     if spec := importlib.util.find_spec("nvidia"):
         for place in spec.submodule_search_locations or []:

@@ -259,6 +259,9 @@ def test_import_for_the_same_minor_version(built, running):
 # setup.py
 
 
+LISTED = " ".join(f"compute_{n}" for n in (50, 60, 70, 72, 75, 80, 86, 87, 89, 90, 100, 120))  # by nvcc 12.8
+
+
 @pytest.fixture
 def setup_py(monkeypatch, tmp_path):
     """setup.py's names, with a toolkit of CUDA 12.8 in tmp_path and a clean environment."""
@@ -268,7 +271,7 @@ def setup_py(monkeypatch, tmp_path):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     names = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     for folder, name, text in (
-        ("bin", "nvcc", "#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.61'\n"),
+        ("bin", "nvcc", f"#!/bin/sh\n[ $1 = --version ] && echo 'release 12.8, V12.8.61' || echo '{LISTED}'\n"),
         ("lib64", "libcudart.so", ""),
     ):
         (tmp_path / folder).mkdir()
@@ -296,6 +299,43 @@ def test_cuda_for_an_arch_list(setup_py, monkeypatch, choice):
     monkeypatch.setenv("SDPA_CUDA", choice)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6+PTX")
     assert setup_py.find_cuda(torch_of()).archs == "8.6+PTX"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Volta Turing,Ampere;Ada", "7.0+PTX;7.5+PTX;8.0;8.6+PTX;8.9+PTX"),
+        ("Ampere+Tegra;9.0a", "8.7;9.0a"),
+        ("Blackwell", "10.0;10.3;12.0;12.1+PTX"),
+        ("All", "7.0;7.5;8.0;8.6;8.9;9.0+PTX"),
+        ("native", "8.0;9.0"),
+    ],
+)
+def test_named_archs(setup_py, monkeypatch, text, expected):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    assert setup_py.find_cuda(torch_of(gpus=[(9, 0), (8, 0)])).archs == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("8.0 Pascal", r"'Pascal', 6\.0; there are kernels for 7\.0 and newer"),
+        ("8.8", r"'8\.8', which nvcc 12\.8 .* does not compile for"),
+        ("Rubin", r"'Rubin'; expected .*9\.0a.*Hopper.*native"),
+        ("native", "'native', but no GPU is visible"),
+    ],
+)
+def test_archs_that_cannot_be_built_are_named(setup_py, monkeypatch, text, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+    with pytest.raises(SystemExit, match=message):
+        setup_py.find_cuda(torch_of())
+
+
+def test_all_paths_of_a_chip_that_nvcc_does_not_know(setup_py, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.3")
+    monkeypatch.setenv("SDPA_ALL_PATHS", "1")
+    with pytest.raises(SystemExit, match=r"'10\.3', which nvcc 12\.8"):
+        setup_py.find_cuda(torch_of())
 
 
 def test_cuda_for_all_chips(setup_py, monkeypatch):
