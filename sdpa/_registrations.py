@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -88,7 +87,11 @@ def _check_inputs(
     )
     # A symbolic float is not looked at.
     need(type(dropout_p) is not float or 0 <= dropout_p <= 1, f"dropout_p must be in [0, 1], got {dropout_p}")
-    need(type(scale) is not float or math.isfinite(scale), f"scale must be finite, got {scale}")
+    largest = torch.finfo(torch.promote_types(query.dtype, torch.float32))
+    need(
+        type(scale) is not float or abs(scale) <= largest.max,
+        f"scale must be finite in {largest.dtype}, in which scores are computed, got {scale}",
+    )
     _check(
         query.size(-1) == key.size(-1),
         lambda: f"scaled_dot_product_attention: query and key must have the same head dim E, got {sizes()}",
@@ -102,7 +105,7 @@ def _check_inputs(
         heads = [t.size(-3) for t in three]
         if all(type(n) is int for n in heads):
             need(
-                min(heads[1:]) > 0 and heads[0] % heads[1] == 0 and heads[0] % heads[2] == 0,
+                all(heads[0] == 0 if n == 0 else heads[0] % n == 0 for n in heads[1:]),
                 f"enable_gqa needs query heads to be a multiple of key and value heads, got {sizes()}",
             )
             need(
