@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("BLHD", "BHLD")
-MASKS = ("bool", "bias", "padding")
+MASKS = ("bool", "bias", "padding", "documents")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Case:
     Ev: int
     dtype: str
     causal: bool = False
-    # bool (B, 1, L, S), a fifth masked out; bias (1, H, L, S); padding: bool (B, 1, 1, S), three quarters of keys left
+    # bool (B, 1, L, S), a fifth masked out; bias (1, H, L, S); padding: bool (B, 1, 1, S), three quarters of keys left;
+    # documents: bool (B, 1, L, S), eight of one length that see their own keys alone
     mask: str | None = None
     dropout: float = 0.0
     layout: str = "BLHD"  # order in memory; attention always sees (B, H, L, D)
@@ -157,10 +158,12 @@ GROUPS_TEXT = {
     """,
     "masks": """
         B4 H16 L4096 D128 bfloat16 mask=bool
+        B4 H16 L4096 D128 bfloat16 mask=documents
         B4 H16 L4096 D128 bfloat16 mask=padding
         B4 H32 L4096 D64 bfloat16 mask=padding
         B8 H32 L2048 D64 bfloat16 mask=bias
         B4 H16 L4096 D128 bfloat16 mask=bool backward
+        B4 H16 L4096 D128 bfloat16 mask=documents backward
         B8 H32 L2048 D64 bfloat16 mask=bias backward
     """,
     "dropout": """

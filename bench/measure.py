@@ -110,6 +110,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         mask = torch.rand(case.B, 1, case.L, case.S, device=device) > 0.2
     elif case.mask == "bias":
         mask = torch.randn(1, case.H, case.L, case.S, device=device, dtype=dtype).requires_grad_(case.backward)
+    elif case.mask == "documents":
+        number = [torch.arange(n, device=device) * 8 // n for n in (case.L, case.S)]
+        mask = (number[0][:, None] == number[1]).expand(case.B, 1, -1, -1).contiguous()
     elif case.mask == "padding":
         # Three quarters of the keys of all batches together.
         lengths = case.S * (0.5 + (torch.arange(case.B, device=device).view(-1, 1, 1, 1) + 0.5) / (2 * case.B))

@@ -4,13 +4,16 @@ compute-sanitizer --tool memcheck python tests/sanitize.py
 compute-sanitizer --tool racecheck python tests/sanitize.py --few
 
 The second needs a build with NVCC_APPEND_FLAGS=-DSDPA_RACECHECK (csrc/kernels/arch/barrier.h says why) and
-CCACHE_DISABLE=1, since ccache does not look at the former.
+CCACHE_DISABLE=1, since ccache does not look at the former. Such a build takes the GPU to have 6 multiprocessors, so
+that a few heads give all of them work. --part 3/16 makes every 16th call from the third on, for processes side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 
 import torch
 
@@ -19,7 +22,6 @@ from sdpa import SDPBackend
 
 FLASH, EFFICIENT, MATH = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
-MANY_HEADS = 80  # so that every multiprocessor has work: there are kernels for that case
 
 
 def call(which, path, dtype, head_dim, L, S, heads, kind, tf32=False, deterministic=False):
@@ -35,8 +37,11 @@ def call(which, path, dtype, head_dim, L, S, heads, kind, tf32=False, determinis
         mask = torch.rand(1, 1, L, S, device="cuda") > 0.3
     elif kind == "padding":
         mask = torch.arange(S, device="cuda")[None, None, None] < S * 3 // 4
-    elif kind == "bias":
-        mask = torch.randn(1, heads, L, S, device="cuda", requires_grad=True)
+    elif kind in ("bias", "shared bias", "short bias"):
+        shape = (1, heads if kind == "bias" else 1, L, S)
+        mask = torch.randn(shape, device="cuda", dtype=dtype if kind == "short bias" else FLOAT, requires_grad=True)
+    elif kind == "strided":
+        query, key, value = (torch.cat((t, t[..., :1]), -1)[..., 1:] for t in (query, key, value))
     elif kind == "ranges":
         query, key, value = query * 1e-5, key * 1e6, value * 1e-9
     tensors = [t.requires_grad_() for t in (query, key, value)]
@@ -50,45 +55,92 @@ def call(which, path, dtype, head_dim, L, S, heads, kind, tf32=False, determinis
 
 
 def calls(few):
-    for D in (32, 64, 96, 128, 192, 256):
+    # So that every multiprocessor has work, and so that it has not: there are kernels for both. `blocks`: as many as
+    # run at one time, or twice that.
+    many, little, blocks = (8, 1, 12) if few else (80, 5, 264)
+    for D in (32, 64, 96, 128, 160, 192, 256):
         dtype = HALF if D == 32 else BRAIN
         kinds = ("plain", "causal", "dropout") if few else ("plain", "causal", "bool", "bias", "dropout", "padding")
-        yield from ((FLASH, None, dtype, D, 300, 200, 5, kind) for kind in kinds)
-        yield FLASH, None, BRAIN, D, 513, 512, MANY_HEADS, "causal"
+        yield from ((FLASH, None, dtype, D, 300, 200, little, kind) for kind in (*kinds, "strided", "shared bias"))
+        yield FLASH, None, BRAIN, D, 513, 512, many, "causal"
+        # Lengths that whole 16-byte chunks and tensor copies want, and masks that are copied like that.
+        kinds = ("plain", "causal", "bool", "short bias")
+        yield from ((FLASH, None, dtype, D, 256, 320, little, kind) for kind in kinds)
+        yield from ((FLASH, None, dtype, D, 256, 320, blocks, kind) for kind in kinds[: 2 if few else 4])
+        yield FLASH, None, dtype, D, 600, 640, max(blocks, 12), "bool"  # its blocks are looked through
         if D in (96, 128):
-            kinds_of_ring = ("causal", "padding", "dropout")
-            yield from ((FLASH, 80, BRAIN, D, 300, 1100, MANY_HEADS, kind) for kind in kinds_of_ring)
-        if not few:
-            yield FLASH, 86, BRAIN, D, 200, 260, 5, "causal"
-            yield FLASH, None, BRAIN, D, 130, 200, 3, "plain", False, True
-    for D in (64, 80, 128, 192, 256):  # where a multiprocessor of these chips has room for other blocks
-        kinds = ("causal", "dropout") if few else ("causal", "bool", "bias", "dropout", "padding")
-        yield from ((FLASH, path, BRAIN, D, 200, 260, MANY_HEADS, kind) for path in (80, 86) for kind in kinds)
-    for D in (160, 256) if few else (64, 128, 160, 256):
-        kinds = ("plain", "bias") if few else ("plain", "bool", "bias", "dropout")
+            kinds_of_ring = ("plain", "causal", "padding", "dropout")
+            yield from ((FLASH, 80, BRAIN, D, 300, 1100, many, kind) for kind in kinds_of_ring)
+        for kind in ("plain",) if few else ("plain", "shared bias", "bool"):
+            yield FLASH, None, BRAIN, D, 130, 200, 3, kind, False, True
+    # Where a multiprocessor of these chips has room for other blocks.
+    for D in (32, 64, 80, 96, 128, 160, 192, 256):
+        kinds = ("causal", "dropout", "bool") if few else ("causal", "bool", "bias", "short bias", "dropout", "padding")
+        for path in (80, 86):
+            yield from ((FLASH, path, BRAIN, D, 200, 260, many, kind) for kind in (*kinds, "strided"))
+            yield from ((FLASH, path, BRAIN, D, 256, 320, heads, "plain") for heads in (little, blocks))
+    for D in (64, 160, 256) if few else (32, 64, 128, 160, 256):
+        kinds = ("plain", "bias") if few else ("plain", "bool", "bias", "shared bias", "dropout", "padding")
         yield from ((FLASH, 75, HALF, D, 200, 140, 3, kind) for kind in kinds)
-        yield FLASH, 75, HALF, D, 100, 140, 3, "causal", False, True
+        yield from ((FLASH, 75, HALF, D, 100, 140, 3, kind, False, True) for kind in ("causal", "shared bias"))
     for D in (64, 128, 200) if few else (32, 64, 128, 200, 300):
         for tf32 in (False, True):
             kinds = ("plain", "causal", "bool") if few else ("plain", "causal", "bool", "bias", "dropout", "ranges")
             yield from ((EFFICIENT, None, FLOAT, D, 150, 170, 3, kind, tf32) for kind in kinds)
-            yield EFFICIENT, None, FLOAT, D, 300, 200, MANY_HEADS, "causal", tf32
+            yield EFFICIENT, None, FLOAT, D, 300, 200, many, "causal", tf32
         yield EFFICIENT, None, FLOAT, D, 150, 170, 3, "plain", False, True
-    yield from ((MATH, None, dtype, D, 150, 170, 3, "causal") for dtype, D in ((FLOAT, 80), (FLOAT, 256), (BRAIN, 64)))
-    for D in (64, 128):  # without gradients such few queries have kernels of their own
-        yield from ((FLASH, path, BRAIN, D, 3, 700, 5, "bool") for path in (None, 86))
-        yield EFFICIENT, None, FLOAT, D, 3, 700, 5, "bool"
+    for kind in ("plain", "causal", "bias", "dropout"):
+        yield from ((MATH, None, FLOAT, D, 160, 170, 3, kind) for D in (16, 32, 64, 80, 256))
+        yield from ((MATH, None, dtype, 64, 150, S, 3, kind) for dtype in (HALF, BRAIN) for S in (64, 300, 3000, 9000))
+    for D in (64, 128, 256):  # without gradients such few queries have kernels of their own
+        yield from ((FLASH, path, BRAIN, D, 3, 700, heads, "bool") for path in (None, 86) for heads in (little, many))
+        yield EFFICIENT, None, FLOAT, D, 3, 700, little, "bool"
+        if not few:
+            for path in (70, 75):
+                yield from ((EFFICIENT, path, dtype, D, 3, 700, little, "bool") for dtype in (HALF, FLOAT))
     if not few:
         for path, dtype in ((70, HALF), (70, FLOAT), (75, FLOAT), (75, HALF)):
-            yield from ((EFFICIENT, path, dtype, D, 90, 130, 3, "bias") for D in (32, 64, 128))
+            yield from ((EFFICIENT, path, dtype, D, 90, 130, 3, "bias") for D in (32, 64, 128, 256))
         yield EFFICIENT, None, HALF, 512, 100, 130, 2, "plain"
+
+
+def plain_name(kernel):
+    """Without its namespaces, parameters and 16-bit type."""
+    name, depth = "", 0
+    for letter in re.sub(r"\(anonymous namespace\)::|sdpa::|void | ", "", kernel.strip()):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            break
+        name += letter
+    return re.sub(r"__nv_bfloat16|__half", "16-bit", name)
+
+
+def compiled_kernels():
+    usage = subprocess.run(["cuobjdump", "-res-usage", sdpa._C.__file__], capture_output=True, text=True, check=True)
+    mangled = re.findall(r"Function (\w+):", usage.stdout)
+    names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    return {plain_name(line) for line in names.stdout.splitlines()}
+
+
+def launched_kernels(some):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for arguments in some:
+            call(*arguments)
+    return {plain_name(event.name) for event in profile.events()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few", action="store_true", help="fewer calls, for racecheck")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth call, from the Ith on")
+    parser.add_argument("--missing", action="store_true", help="name the kernels of this build that no call launches")
+    options = parser.parse_args()
+    first, every = (int(number) for number in options.part.split("/"))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    some = list(calls(parser.parse_args().few))
+    some = list(calls(options.few))[first - 1 :: every]
+    if options.missing:
+        print(*sorted(compiled_kernels() - launched_kernels(some)), sep="\n")
+        return
     for arguments in some:
         print(*arguments, flush=True)
         call(*arguments)

@@ -128,15 +128,17 @@ def rivals(backend, dtype, direction):
 
 @pytest.fixture
 def use_path(monkeypatch):
-    """Makes the selector take a code path that is not the newest one this chip can run."""
+    """Makes the selector take a code path that is not the newest one this chip can run, or the tiles of a chip."""
 
-    def use(backend, path, dtype):
+    def use(backend, path, dtype, chip=None):
         own = [v for v in rivals(backend, dtype, "forward") if v["path"] == path]
         if not any(map(runs_here, own)):
             pytest.skip(f"this build has no sm{path} {backend.name} kernel for this chip")
         major, minor = torch.cuda.get_device_capability()
         if max(v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor) != path:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
+        if chip is not None:
+            monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
 
     return use
 
@@ -169,6 +171,11 @@ def test_against_float64(use_path, which, path, dtype, call):
 
 
 paths = pytest.mark.parametrize("which, path, dtype", PATHS, ids=lambda v: getattr(v, "name", str(v)))
+# The same, and flash with the tiles of chips that have less shared memory than this one.
+CHIPS = [(*path, None) for path in PATHS] + [
+    (FLASH, 80, dtype, chip) for dtype in ("float16", "bfloat16") for chip in (80, 86)
+]
+chips = pytest.mark.parametrize("which, path, dtype, chip", CHIPS, ids=lambda v: getattr(v, "name", str(v)))
 
 
 INFERENCE_CASES = [
@@ -186,7 +193,7 @@ def test_inference_against_float64(use_path, which, path, dtype, call):
 
 SMALLER_CHIPS = [  # with less shared memory: other tiles, or ways to copy, for heads wider than this
     pytest.param(chip, dtype, call, id=f"sm{chip}-{dtype}-{name_of(call)}")
-    for chip, width in ((80, 64), (86, 64))
+    for chip, width in ((80, 64), (86, 32))
     for dtype in ("float16", "bfloat16")
     for call in calls(FLASH, 80, dtype)
     if max(call["dims"]) > width
@@ -194,17 +201,15 @@ SMALLER_CHIPS = [  # with less shared memory: other tiles, or ways to copy, for 
 
 
 @pytest.mark.parametrize("chip, dtype, call", SMALLER_CHIPS)
-def test_tiles_of_smaller_chips(use_path, monkeypatch, chip, dtype, call):
-    use_path(FLASH, 80, dtype)
-    monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
+def test_tiles_of_smaller_chips(use_path, chip, dtype, call):
+    use_path(FLASH, 80, dtype, chip)
     check_call(FLASH, dtype, call)
 
 
 @pytest.mark.parametrize("chip, dtype, call", SMALLER_CHIPS[::2])
-def test_more_blocks_than_multiprocessors(use_path, monkeypatch, chip, dtype, call):
+def test_more_blocks_than_multiprocessors(use_path, chip, dtype, call):
     """Where a multiprocessor of a smaller chip has room for one block of four warps, it takes one of eight."""
-    use_path(FLASH, 80, dtype)
-    monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
+    use_path(FLASH, 80, dtype, chip)
     heads = 4  # of tensors_of
     B = 1 + torch.cuda.get_device_properties("cuda").multi_processor_count // heads
     check_call(FLASH, dtype, call, grad=False, B=B)
@@ -213,10 +218,9 @@ def test_more_blocks_than_multiprocessors(use_path, monkeypatch, chip, dtype, ca
 @pytest.mark.parametrize("kind", ["plain", "causal", "padding", "holes", "dropout", "causal dropout"])
 @pytest.mark.parametrize("head_dim", [88, 96, 120, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_blocks_of_many_queries(use_path, monkeypatch, dtype, head_dim, kind):
+def test_blocks_of_many_queries(use_path, dtype, head_dim, kind):
     """Forward with many keys and many queries, without sm90's tensor copies."""
-    use_path(FLASH, 80, dtype)
-    monkeypatch.setenv("SDPA_FORCE_ARCH", "80")
+    use_path(FLASH, 80, dtype, 80)
     dtype = getattr(torch, dtype)
     H, L, S = 1 + torch.cuda.get_device_properties("cuda").multi_processor_count // 8, 385, 1101
     query, key, value = (
@@ -245,9 +249,8 @@ SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so
 
 
 @pytest.mark.parametrize("dtype, call", SMALL_DECODE_CALLS)
-def test_small_blocks_of_decoding(use_path, monkeypatch, dtype, call):
-    use_path(FLASH, 80, dtype)
-    monkeypatch.setenv("SDPA_FORCE_ARCH", "86")
+def test_small_blocks_of_decoding(use_path, dtype, call):
+    use_path(FLASH, 80, dtype, 86)
     check_call(FLASH, dtype, call, grad=False)
 
 
@@ -323,9 +326,9 @@ ADVERSARIAL = [  # each profile and each head dim with and without
 
 
 @pytest.mark.parametrize("profile, head_dim, is_causal", ADVERSARIAL)
-@paths
-def test_adversarial_scores(use_path, which, path, dtype, head_dim, is_causal, profile):
-    use_path(which, path, dtype)
+@chips
+def test_adversarial_scores(use_path, which, path, dtype, chip, head_dim, is_causal, profile):
+    use_path(which, path, dtype, chip)
     dtype = getattr(torch, dtype)
     query = torch.zeros(1, 2, KEYS, head_dim, dtype=dtype, device="cuda")
     key = torch.zeros_like(query)
@@ -367,9 +370,9 @@ def test_whole_chunks(use_path, dtype, lengths, dims, is_causal, shared):
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32"])
-@paths
-def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
-    use_path(which, path, dtype)
+@chips
+def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, chip, kind):
+    use_path(which, path, dtype, chip)
     dtype = getattr(torch, dtype)
     seen = torch.rand(260, 300, device="cuda") > 0.5
     seen[:, :140] = False  # first tiles
@@ -388,6 +391,85 @@ def test_masked_tiles_rows_and_keys(use_path, which, path, dtype, kind):
         output = check(which, *tensors, mask)[0]  # without gradients it may be another kernel's
         tensors[1][:, :, hidden] = math.nan
         assert torch.equal(check(which, *tensors, mask)[0], output)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "float16", "float32"])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@chips
+def test_gradients_beside_hidden_nan(use_path, which, path, dtype, chip, head_dim, kind):
+    """What no query sees may be anything; the rows that fill up the last tile of queries are none."""
+    use_path(which, path, dtype, chip)
+    L, S, first = 100, 144, 104
+    query, key, value = (make(1, 2, n, head_dim, dtype=getattr(torch, dtype), device="cuda") for n in (L, S, S))
+    mask = None
+    if kind != "causal":
+        mask = (torch.arange(S, device="cuda") < first).expand(L, S).contiguous()
+    if kind.startswith("float"):
+        mask = torch.zeros(L, S, device="cuda", dtype=getattr(torch, kind)).masked_fill(~mask, -INF)
+    grad, results = torch.randn_like(query), []
+    for number in (0.0, math.nan, INF):
+        with torch.no_grad():
+            key[:, :, first:] = number
+        with sdpa.sdpa_kernel(which):
+            output = sdpa.scaled_dot_product_attention(query, key, value, mask, is_causal=kind == "causal")
+            results.append((output, *torch.autograd.grad(output, (key, value), grad)))
+    assert all((g[:, :, first:] == 0).all() and g.isfinite().all() for g in results[0][1:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def structured(kind, L, S):
+    """(L, S) masks of which most tiles are all of one kind."""
+    row, column = torch.arange(L, device="cuda")[:, None], torch.arange(S, device="cuda")
+    if kind == "documents":
+        return row * S // L // 150 == column // 150
+    if kind == "window":
+        return (column <= row + 40) & (column > row - 200)
+    holes = torch.rand(L, S, device="cuda") > 0.001
+    holes[:, 384:640] = False
+    holes[128:256] = False
+    return holes
+
+
+@pytest.mark.parametrize("kind", ["documents", "window", "holes"])
+@pytest.mark.parametrize("lengths", [(700, 1088), (513, 1111)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(32, 32), (64, 64), (72, 80), (96, 96), (128, 128), (160, 160), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("which, path, dtype, chip", [chip for chip in CHIPS if chip[0] == FLASH])
+def test_tiles_of_a_mask_that_heads_share(use_path, which, path, dtype, chip, dims, lengths, kind):
+    """So large that its blocks are looked through before (mask_blocks.h)."""
+    use_path(which, path, dtype, chip)
+    (L, S), (E, Ev), dtype = lengths, dims, getattr(torch, dtype)
+    B = 1 if kind == "documents" else 2  # the mask of "window" is every batch's
+    tensors = [make(2, h, n, d, dtype=dtype, device="cuda") for h, n, d in ((4, L, E), (2, S, E), (2, S, Ev))]
+    mask = torch.stack([structured(kind, L, S) for _ in range(B if kind == "holes" else 1)])[:, None]
+    output, *_ = check(which, *tensors, mask, enable_gqa=True)
+    if kind != "holes":
+        return
+    assert (output[:, :, 128:256] == 0).all()
+    with torch.no_grad():  # these tiles are not multiplied: else their NaN would be in every product
+        tensors[1][:, :, 384:640] = math.nan
+        tensors[2][:, :, 384:640] = math.nan
+    if path < 80:
+        return
+    with sdpa.sdpa_kernel(which):
+        again = sdpa.scaled_dot_product_attention(*tensors, mask, enable_gqa=True)
+        grads = torch.autograd.grad(again, tensors, torch.randn_like(again))
+    assert torch.equal(again, output)
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("lengths", [(256, 256), (144, 500), (400, 300)], ids=str)
+@pytest.mark.parametrize("which, path, dtype, chip", [chip for chip in CHIPS if chip[:2] == (FLASH, 80)])
+def test_backward_of_as_many_heads_as_blocks_run(use_path, which, path, dtype, chip, lengths, head_dim, is_causal):
+    """Each block then walks over all keys of a head."""
+    use_path(which, path, dtype, chip)
+    (L, S), H = lengths, 2 * torch.cuda.get_device_properties("cuda").multi_processor_count
+    tensors = [make(1, H, n, head_dim, dtype=getattr(torch, dtype), device="cuda") for n in (L, S, S)]
+    check(which, *tensors, is_causal=is_causal)
 
 
 @pytest.fixture
@@ -505,10 +587,10 @@ def test_softmax_in_the_products_of_math(dims, kind):
 
 
 @pytest.mark.parametrize("kind", ["bool", "float16", "bfloat16"])
-@paths
-def test_masks_with_aligned_rows(use_path, which, path, dtype, kind):
+@chips
+def test_masks_with_aligned_rows(use_path, which, path, dtype, chip, kind):
     """Kernels may copy such a mask 16 bytes at a time. Rows end inside 16 bytes; batches share the mask."""
-    use_path(which, path, dtype)
+    use_path(which, path, dtype, chip)
     tensors = [make(3, 2, n, 64, dtype=getattr(torch, dtype), device="cuda") for n in (333, 589, 589)]
     mask = torch.randn(2, 333, 592, device="cuda")
     mask = (mask > -0.5 if kind == "bool" else mask.to(getattr(torch, kind)))[:, :, :589]
@@ -584,25 +666,27 @@ def test_memory_grows_with_length_not_its_square(use_path, which, path, dtype, m
     assert backward < sums + matrix / 100, f"backward took {backward} bytes beside its gradients"
 
 
+@pytest.mark.parametrize("B, H", [(70_000, 1), (1, 70_000)])
 @paths
-def test_more_than_one_grid_dimension_holds(use_path, which, path, dtype):
+def test_more_than_one_grid_dimension_holds(use_path, which, path, dtype, B, H):
     use_path(which, path, dtype)
-    tensors = [make(70_000, 1, n, 8, dtype=getattr(torch, dtype), device="cuda") for n in (2, 3, 3)]
+    tensors = [make(B, H, n, 8, dtype=getattr(torch, dtype), device="cuda") for n in (2, 3, 3)]
     check(which, *tensors)
 
 
+@pytest.mark.parametrize(
+    "stride", [(0, 2**31, 128), (2**31, 2**14, 128), (0, 128, 2**25)], ids=["head", "batch", "row"]
+)
 @paths
-def test_offsets_beyond_32_bits(use_path, which, path, dtype):
+def test_offsets_beyond_32_bits(use_path, which, path, dtype, stride):
+    """What comes 2^31 elements or more after the first: of the operands, and of a mask."""
     use_path(which, path, dtype)
-    dtype = getattr(torch, dtype)
-    # The second head starts 2^31 elements after the first.
-    whole = torch.empty(2**31 + 2**20, dtype=dtype, device="cuda")
-    small = [make(1, 2, n, 64, dtype=dtype, device="cuda", grad=False) for n in (70, 90, 90)]
-    far = []
-    for i, t in enumerate(small):
-        view = whole.as_strided(t.shape, (0, 2**31, 64, 1), i * 2**14)
-        view.copy_(t)
-        far.append(view)
-    with sdpa.sdpa_kernel(which):
-        expected = sdpa.scaled_dot_product_attention(*small)
-        assert torch.equal(sdpa.scaled_dot_product_attention(*far), expected)
+    dtype, B, L, S = getattr(torch, dtype), 1 + (stride[0] > 0), 70, 66
+    far_from = [torch.empty(2**31 + 2**28, dtype=t, device="cuda") for t in (dtype, torch.bool)]
+
+    def far(t, place=0):
+        return far_from[t.dtype == torch.bool].as_strided(t.shape, (*stride, 1), place * 2**16).copy_(t)
+
+    for mask in (None, far(torch.rand(B, 2, L, S, device="cuda") > 0.3)):
+        made = [make(B, 2, n, 64, dtype=dtype, device="cuda", grad=False) for n in (L, S, S)]
+        check(which, *(far(t, i).requires_grad_() for i, t in enumerate(made)), mask)

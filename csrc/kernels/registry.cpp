@@ -22,7 +22,8 @@ const char* name(Direction direction) {
 }
 
 static bool is_decoding(const Problem& p) {
-  return !p.grad_wanted && p.dropout_p == 0 && p.L <= kMostDecodedQueries;
+  const int64_t group = p.key_heads == 0 ? 1 : p.H / p.key_heads;
+  return !p.grad_wanted && p.dropout_p == 0 && p.L <= kMostDecodedQueries && p.L * group <= kMaxPosition;
 }
 
 // A forward whose scores a backward is to find again, bit by bit, needs that backward.

@@ -21,7 +21,7 @@ HEADER = {
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
     ("efficient", "decode"): "mem_efficient/efficient_decode.cuh",
 }
-MATH_KERNELS = ("dropout_mask", "float32_product", "softmax_rows")
+OTHER_KERNELS = ("dropout_mask", "float32_product", "mask_blocks", "softmax_rows")
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,11 @@ def main() -> None:
             f"DType::{CPP_DTYPE[v.dtype]}, {v.head_dim}, {cpp_bool(v.sums_grad_query)}, {forward}, {backward}, "
             f"{{{listed}}}}},"
         )
-    # The small kernels that math uses on the GPU run on every chip.
+    # The small kernels beside the variants run on every chip.
     chips = merged([machine_code_for(80, target) for target in targets])
     flags = tuple(flag for target in chips for flag in target.gencode)
     if flags:
-        sources = [(Path(__file__).parent / "attn" / f"{name}.cu").as_posix() for name in MATH_KERNELS]
+        sources = [(Path(__file__).parent / "attn" / f"{name}.cu").as_posix() for name in OTHER_KERNELS]
         groups.setdefault(flags, []).extend(sources)
     for number, (flags, sources) in enumerate(groups.items()):
         name = f"sdpa_kernels_{number}"

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 
+#include "attn/mask_blocks.h"
 #include "attn/split.h"
 #include "ops/inputs.h"
 #include "registry.h"
@@ -56,6 +57,16 @@ const Variant& variant_of(Backend backend, bool backward, const Problem& problem
   return *variant;
 }
 
+// What is returned is to live until the kernel is launched.
+Tensor look_through_mask(Backend backend, ForwardParams& params, const Tensor& query) {
+  const int64_t words = backend == Backend::kFlash ? mask_block_words(params) : 0;
+  if (words == 0) return {};
+  const Tensor blocks = at::empty({words}, query.options().dtype(at::kLong));
+  auto* const data = reinterpret_cast<uint64_t*>(blocks.data_ptr<int64_t>());
+  C10_CUDA_CHECK(find_mask_blocks(params, data, c10::cuda::getCurrentCUDAStream()));
+  return blocks;
+}
+
 void kernel_forward(Backend backend, const Call& call, const Problem& problem, const Tensor& output,
                     const Tensor& logsumexp, const Tensor& logsumexp_rest) {
   ForwardParams params;
@@ -75,6 +86,8 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
       params.split_scratch = scratch.data_ptr<float>();
     }
   }
+  const Tensor mask_blocks =
+      variant.direction == Direction::kForward ? look_through_mask(backend, params, call.query) : Tensor();
   C10_CUDA_CHECK(variant.launch_forward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
@@ -88,6 +101,7 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
   params.grad_query = operand(grads.query);
   params.grad_key = operand(grads.key);
   params.grad_value = operand(grads.value);
+  params.seen_keys = params.is_causal ? std::min(params.L, params.S) : params.S;
   params.deterministic = problem.deterministic;
   params.shared_bytes = shared_bytes_of(problem);
   if (grads.mask.defined()) {
@@ -111,6 +125,7 @@ void kernel_backward(Backend backend, const Call& call, const Problem& problem, 
       params.grad_query_turns = turns.data_ptr<int>();
     }
   }
+  const Tensor mask_blocks = look_through_mask(backend, params, call.query);
   C10_CUDA_CHECK(variant.launch_backward(params, c10::cuda::getCurrentCUDAStream()));
 }
 

@@ -38,9 +38,11 @@ struct ForwardParams {
   int64_t group = 1;            // query heads that share one key head; key head = query head / group
   DType dtype = DType::kOther;  // of query, key, value and output
   MaskKind mask_kind = MaskKind::kNone;
-  float scale = 1.f;        // any finite float, zero and negative too
-  bool is_causal = false;   // top-left aligned: query i sees keys j <= i, also when L != S
-  bool allow_tf32 = false;  // float32 products may be computed in TF32
+  const uint64_t* mask_blocks = nullptr;   // see mask_blocks.h; null if nothing is known
+  int64_t mask_blocks_stride[2] = {0, 0};  // of batch and head
+  float scale = 1.f;                       // any finite float, zero and negative too
+  bool is_causal = false;                  // top-left aligned: query i sees keys j <= i, also when L != S
+  bool allow_tf32 = false;                 // float32 products may be computed in TF32
   float dropout_p = 0.f;
   const int64_t* seed = nullptr;  // device pointer to one number; read only if dropout_p > 0
   int64_t first_batch_head = 0;   // added to b * H + h in the dropout counter (see dropout.h)
@@ -51,6 +53,9 @@ struct ForwardParams {
 };
 
 struct BackwardParams : ForwardParams {
+  // Keys that some query sees: min(L, S) if causal, else S. Others are read as zeros: rows behind the last query, which
+  // fill up a tile, would see them, and make gradients NaN if they are.
+  int64_t seen_keys = 0;
   Operand grad_output;  // (B, H, L, Ev)
   // Gradients. data == nullptr: not wanted.
   Operand grad_query;                          // (B, H, L, E)

@@ -6,13 +6,15 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../attn/mask_blocks.h"
 #include "../attn/params.h"
 #include "score_mask.cuh"
 
 namespace sdpa {
 
-// Forward, a bool mask that is the same for every query (key padding): in which of the first key tiles any key takes
-// part, and in which all. Read once by the whole block, so that the loop over tiles need not wait for it.
+// Forward: in which of the first key tiles anything takes part, and in which all, as far as it is known: of a bool mask
+// that is the same for every query (key padding), or whose blocks have been looked through. Read once by the whole
+// block, so that the loop over tiles need not wait for it.
 struct TileMap {
   static constexpr int kTiles = 3072;  // of those after that nothing is known
   static constexpr int kTogether = 8;  // tiles of one entry: in the low byte any, in the high byte all
@@ -20,46 +22,67 @@ struct TileMap {
 
   uint16_t* entries;
 
-  static __device__ __forceinline__ bool exists(const ForwardParams& p) {
-    return p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0;
-  }
-
-  // All threads of the block; ends with a barrier. A warp reads an entry's tiles at once, 16 keys a lane.
+  // All threads of the block; ends with a barrier. Of padding; a warp reads an entry's tiles at once, 16 keys a lane.
   template <int kThreads, int kKeys>
   __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
-    static_assert(kKeys * kTogether == 32 * 16);
-    if (exists(p)) {
-      const HeadMask<uint8_t> mask(p, batch, head);
-      const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
-      for (int first = threadIdx.x / 32 * kTogether; first < tiles; first += kThreads / 32 * kTogether) {
-        const int key = first * kKeys + lane * 16;
-        MaskRun<uint8_t, 16> run[1] = {};
-        if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
-        const uint32_t any =
-            __ballot_sync(0xffffffffu, (run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3]) != 0);
-        const uint32_t all = __ballot_sync(0xffffffffu, run[0].keeps_all());
-        const uint32_t tile_any = any >> lane % kTogether * 4 & 15, tile_all = all >> lane % kTogether * 4 & 15;
-        const uint32_t entry = (__ballot_sync(0xffffffffu, tile_any != 0) & 0xff) |
-                               (__ballot_sync(0xffffffffu, tile_all == 15) & 0xff) << 8;
-        if (lane == 0) entries[first / kTogether] = static_cast<uint16_t>(entry);
-      }
-    }
+    read_padding<kThreads, kKeys>(p, batch, head);
     __syncthreads();
   }
+  // The same of any mask, or none, for kQueries queries from q0 on. Returns whether there is no tile in which nothing
+  // or everything takes part, as far as is known: then nobody need ask.
+  template <int kThreads, int kKeys, int kQueries>
+  __device__ __forceinline__ bool fill(const ForwardParams& p, int batch, int head, int q0) const {
+    bool is_mixed = true;
+    if (p.mask_blocks != nullptr) {
+      const MaskBlocks blocks(p, batch, head);
+      const int count = (min((static_cast<int>(p.S) + kKeys - 1) / kKeys, kTiles) + kTogether - 1) / kTogether;
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        const uint64_t word = blocks.template word_of<kQueries>(q0, i / 2);
+        const auto any = static_cast<uint32_t>(word) >> i % 2 * 16,
+                   all = static_cast<uint32_t>(word >> 32) >> i % 2 * 16;
+        uint32_t entry = 0;
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+          const uint32_t tile = 3u << 2 * n;
+          entry |= ((any & tile) != 0 ? 1u << n : 0) | ((all & tile) == tile ? 256u << n : 0);
+        }
+        entries[i] = static_cast<uint16_t>(entry);
+        // Blocks that do not exist count as all, and have nothing.
+        const uint32_t exist = 0xffu >> max((i + 1) * kTogether - (static_cast<int>(p.S) + kKeys - 1) / kKeys, 0);
+        is_mixed &= (entry & exist) == exist && (entry >> 8 & exist) == 0;
+      }
+    } else if (p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0) {
+      read_padding<kThreads, kKeys>(p, batch, head);
+      is_mixed = false;
+    }
+    return __syncthreads_and(is_mixed);
+  }
 
-  // Of a mask for which there is a map.
   __device__ __forceinline__ bool any(int tile) const {
     return tile >= kTiles || (entries[tile / kTogether] >> tile % kTogether & 1) != 0;
   }
   __device__ __forceinline__ bool all(int tile) const {
     return tile < kTiles && (entries[tile / kTogether] >> (tile % kTogether + 8) & 1) != 0;
   }
-  // Of any mask.
-  __device__ __forceinline__ bool any_key_takes_part(const ForwardParams& p, int tile) const {
-    return !exists(p) || any(tile);
-  }
-  __device__ __forceinline__ bool all_keys_take_part(const ForwardParams& p, int tile) const {
-    return exists(p) && all(tile);
+
+ private:
+  template <int kThreads, int kKeys>
+  __device__ __forceinline__ void read_padding(const ForwardParams& p, int batch, int head) const {
+    static_assert(kKeys * kTogether == 32 * 16 && kKeys == 2 * MaskBlocks::kKeys);
+    const HeadMask<uint8_t> mask(p, batch, head);
+    const int lane = threadIdx.x % 32, tiles = min((mask.S + kKeys - 1) / kKeys, kTiles);
+    for (int first = threadIdx.x / 32 * kTogether; first < tiles; first += kThreads / 32 * kTogether) {
+      const int key = first * kKeys + lane * 16;
+      MaskRun<uint8_t, 16> run[1] = {};
+      if (key < mask.S) mask.read(run, 0, key, [](int) { return 0; });
+      const uint32_t any =
+          __ballot_sync(0xffffffffu, (run[0].words[0] | run[0].words[1] | run[0].words[2] | run[0].words[3]) != 0);
+      const uint32_t all = __ballot_sync(0xffffffffu, run[0].keeps_all());
+      const uint32_t tile_any = any >> lane % kTogether * 4 & 15, tile_all = all >> lane % kTogether * 4 & 15;
+      const uint32_t entry =
+          (__ballot_sync(0xffffffffu, tile_any != 0) & 0xff) | (__ballot_sync(0xffffffffu, tile_all == 15) & 0xff) << 8;
+      if (lane == 0) entries[first / kTogether] = static_cast<uint16_t>(entry);
+    }
   }
 };
 

@@ -63,9 +63,7 @@ inline cudaError_t walk_pays(const BackwardParams& p, int key_tile, int blocks_p
   if (p.mask_kind != MaskKind::kNone || p.dropout_p > 0.f || !is_plain(p)) return cudaSuccess;
   int device = 0, sms = 0, l2_bytes = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const auto error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device); error != cudaSuccess) {
-    return error;
-  }
+  if (const auto error = count_multiprocessors(sms); error != cudaSuccess) return error;
   if (const auto error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device); error != cudaSuccess) {
     return error;
   }

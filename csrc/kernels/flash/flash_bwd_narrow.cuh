@@ -87,7 +87,10 @@ struct NarrowBackward {
   static constexpr int kMaskOffset = kScoreOffset + ScoreTile::kBytes;
   static constexpr int kRowOffset = kMaskOffset + (Tile::kSharedMask ? MaskTile::kBytes : 0);
   static constexpr int kPlaceOffset = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
+  static constexpr bool kSelects = kEdit == ScoreEdit::kMask;  // leaves out query tiles
+  using Selected = QueryTiles<kQueryTile, kKeyTile>;
+  static constexpr int kSelectedOffset = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
+  static constexpr int kSharedBytes = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
 };
 
@@ -150,18 +153,21 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   };
   const int length = static_cast<int>(p.L);
   const auto first_query = [&] { return range.first_query_tile(k0) * kQueryTile; };
+  const typename Flash::Selected selected{base + Flash::kSelectedOffset};
+  if constexpr (Flash::kSelects) selected.template fill<kThreads>(p, batch, key_head * group, k0);
   const auto start_of = [&](int head) -> Place {
     if constexpr (kEdit == ScoreEdit::kMaskGradient) {
       const int tiles = range.query_tiles() - range.first_query_tile(k0);
       return {head, first_query() + (tiles > 0 ? batch % tiles : 0) * kQueryTile};
     }
-    return {head, first_query()};
+    return {head, Flash::kSelects ? selected.from(0) * kQueryTile : first_query()};
   };
   const auto exists = [&](const Place& x) { return x.head < (key_head + 1) * group; };
   Place here = start_of(key_head * group);
   const int turn = here.q0;  // of the mask's gradient
   const auto after = [&](Place x) {
     x.q0 += kQueryTile;
+    if constexpr (Flash::kSelects) x.q0 = selected.from(x.q0 / kQueryTile) * kQueryTile;
     if constexpr (kEdit == ScoreEdit::kMaskGradient) {
       if (x.q0 >= length) x.q0 = first_query();
       if (x.q0 == turn) ++x.head;
@@ -170,13 +176,8 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     return x;
   };
-  bool has_work = first_query() < length;
-  if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
-    const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
-    if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
-  }
-  if (!has_work) here.head += group;
-  int parity = 0;  // of the place's number
+  if ((Flash::kSelects ? here.q0 : first_query()) >= length) here.head += group;  // nothing to do
+  int parity = 0;                                                                 // of the place's number
   const auto fetch_query = [&](const Place& x, int stage) {
     const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
     fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Flash::kStages), query, x.q0);
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     if constexpr (kHasMask) shared_rest[threadIdx.x] = row.z;
   };
 
-  value_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+  value_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.value, batch, key_head, p.seen_keys, p.Ev), k0);
   uint32_t value_registers[Tile::kValueInRegisters ? kSteps : 1][kKeyBlocks][4];
   if constexpr (Tile::kValueInRegisters) {
     wait_for_copies<Arch>();
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     __syncthreads();
   }
-  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
+  key_tile.template fill<kThreads, KeyOrder>(HeadRows<const T>(p.key, batch, key_head, p.seen_keys, p.E), k0);
 
   static_assert(!Tile::kWalks || !Tile::kValueInRegisters);
   constexpr bool kMaskGradient = kEdit == ScoreEdit::kMaskGradient;
@@ -525,8 +526,9 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     }
     if (!goes_on) return;
     __syncthreads();
-    fetch_rows<Arch, kThreads, Tile::kWalks>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-    fetch_rows<Arch, kThreads, Tile::kWalks>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(key_tile, HeadRows<const T>(p.key, batch, key_head, p.seen_keys, p.E), k0);
+    fetch_rows<Arch, kThreads, Tile::kWalks>(value_tile, HeadRows<const T>(p.value, batch, key_head, p.seen_keys, p.Ev),
+                                             k0);
     publish_row(row, here);
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {

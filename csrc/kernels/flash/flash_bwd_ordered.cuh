@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(QueryOrderedTile<Arch, T, kHeadDim>::kThreads,
   };
   const auto fetch = [&](int k0) {
     const int stage = k0 / kKeys % Tile::kStages;
-    key_tile(stage).template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-    value_tile(stage).template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+    key_tile(stage).template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.seen_keys, p.E), k0);
+    value_tile(stage).template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.seen_keys, p.Ev), k0);
   };
   query.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
   grad.template fill<kThreads>(HeadRows<const T>(p.grad_output, batch, head, p.L, p.Ev), q0);
@@ -318,8 +318,9 @@ __global__ void __launch_bounds__(MaskOrderedTile<Arch, T, kHeadDim>::kThreads, 
     const int stage = item % Tile::kStages, key_head = at.head / static_cast<int>(p.group);
     query_tile(stage, 0).template fill<kThreads>(HeadRows<const T>(p.query, at.batch, at.head, p.L, p.E), at.q0);
     query_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.grad_output, at.batch, at.head, p.L, p.Ev), at.q0);
-    key_tile(stage, 0).template fill<kThreads>(HeadRows<const T>(p.key, at.batch, key_head, p.S, p.E), at.k0);
-    key_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.value, at.batch, key_head, p.S, p.Ev), at.k0);
+    key_tile(stage, 0).template fill<kThreads>(HeadRows<const T>(p.key, at.batch, key_head, p.seen_keys, p.E), at.k0);
+    key_tile(stage, 1).template fill<kThreads>(HeadRows<const T>(p.value, at.batch, key_head, p.seen_keys, p.Ev),
+                                               at.k0);
   };
 
   float total[kShareKeys / 8][4] = {};

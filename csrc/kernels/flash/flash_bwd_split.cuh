@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(SplitBackward<Arch, T, kHeadDim, Tile>::kThrea
     shared_delta[threadIdx.x] = row.y;
   };
 
-  key_tile.template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.S, p.E), k0);
-  value_tile.template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.S, p.Ev), k0);
+  key_tile.template fill<kThreads>(HeadRows<const T>(p.key, batch, key_head, p.seen_keys, p.E), k0);
+  value_tile.template fill<kThreads>(HeadRows<const T>(p.value, batch, key_head, p.seen_keys, p.Ev), k0);
   if (exists(here)) {
     fetch_rows<Arch, kThreads>(query, query_rows(here), here.q0);
     fetch_rows<Arch, kThreads>(grad_tile(0), grad_rows(here), here.q0);

@@ -85,7 +85,10 @@ struct WideBackward {
   static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
   static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
-  static constexpr int kSharedBytes = kBarrierOffset + kBarriers * Barrier::kBytes;
+  static constexpr int kSelectedOffset = kBarrierOffset + kBarriers * Barrier::kBytes;
+  using Selected = QueryTiles<kQueryTile, kKeyTile>;
+  static constexpr bool kSelects = kEdit == ScoreEdit::kMask && !kSplitsValue;  // leaves out query tiles, given room
+  static constexpr int kSharedBytes = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
   static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
   static_assert(!kSplitsValue || (KeyTile::kBytes <= kScoreOffset - kQueryOffset && kRowBytes <= ScoreTile::kBytes));
 };
@@ -171,7 +174,10 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // Every other key tile of a walk goes back over the queries, so that it begins with the sums of dQ that were used
   // last.
   const auto goes_back = [&] { return Tile::kWalks && k0 / kKeyTile % 2 == 1; };
+  const typename Flash::Selected selected{base + Flash::kSelectedOffset};
+  if constexpr (Flash::kSelects) selected.template fill<kThreads>(p, batch, key_head * group, k0);
   const auto first_of = [&](int head) -> Place {
+    if constexpr (Flash::kSelects) return {head, selected.from(0) * kQueryTile};
     return {head, goes_back() ? (range.query_tiles() - 1) * kQueryTile : first_query()};
   };
   const auto after = [&](Place x) {
@@ -180,13 +186,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if (x.q0 < first_query()) x = first_of(x.head + 1);
     } else {
       x.q0 += kQueryTile;
+      if constexpr (Flash::kSelects) x.q0 = selected.from(x.q0 / kQueryTile) * kQueryTile;
       if (x.q0 >= length) x = first_of(x.head + 1);
     }
     return x;
   };
-  Place here{key_head * group, first_query()};
+  Place here = first_of(key_head * group);
   bool has_work = here.q0 < length;
-  if constexpr (kHasMask) {  // key padding that hides the whole tile from all heads
+  if constexpr (kEdit == ScoreEdit::kMask &&
+                !Flash::kSelects) {  // key padding that hides the whole tile from all heads
     const bool same_for_all = group == 1 || p.attn_mask.stride[1] == 0;
     if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
@@ -247,7 +255,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
 
   const auto fetch_keys = [&] {
-    const HeadRows<const T> key(p.key, batch, key_head, p.S, p.E), value(p.value, batch, key_head, p.S, p.Ev);
+    const HeadRows<const T> key(p.key, batch, key_head, p.seen_keys, p.E),
+        value(p.value, batch, key_head, p.seen_keys, p.Ev);
     if constexpr (Tile::kWalks) {
       fetch_rows<Arch, kThreads, true>(key_tile, key, k0);
       fetch_rows<Arch, kThreads, true>(value_tile, value, k0);
@@ -267,7 +276,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   if constexpr (kRight > 0) {
     using RightTile = SharedTile<T, kKeyTile, kRight * 16, Arch>;
     const RightTile right{base + Flash::kQueryOffset};
-    HeadRows<const T> value(p.value, batch, key_head, p.S, p.Ev);
+    HeadRows<const T> value(p.value, batch, key_head, p.seen_keys, p.Ev);
     value.data += Flash::kSharedValueCols * value.col_stride;
     value.cols -= Flash::kSharedValueCols;
     right.template fill<kThreads, KeyOrder>(value, k0);
@@ -365,8 +374,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         }
       }
 
-      // Tiles that begin with this warp's rows: fewer additions of addresses, but on sm80 a mask leaves no registers.
-      constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
+      // Tiles that begin with this warp's rows: fewer additions of addresses, but a mask leaves no registers for it.
+      constexpr int kBegins = kEdit == ScoreEdit::kMask && (kHeadDim == 128 || !kVectorReductions) ? 0 : 1;
       const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
       const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
       const typename Flash::ValueTile value_rows{value_tile.base + key_begin * 16 * Flash::ValueTile::kRowBytes};

@@ -109,8 +109,7 @@ struct FlashForward {
   using Stream = TileStream<KeyTile, kThreads, KeyOrder, kHeadDim, Tile::kRecomputeAddresses>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using MaskTile = PaddingTile<kKeyTile>;
-  // Of the mask's tiles. Without cp.async there is no room for it; kBoolMask at 128 spills with it on sm80.
-  static constexpr bool kHasMap = (kPadding || (kBool && kHeadDim != 128)) && Arch::kAsyncCopy;
+  static constexpr bool kHasMap = (kPadding || kBool) && Arch::kAsyncCopy;  // elsewhere there is no room
   static constexpr int kMapOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
   static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
   static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
@@ -151,7 +150,8 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   int batch = batch_head / heads;
   int head = batch_head % heads;
   int key_head = head / static_cast<int>(p.group);
-  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), p.is_causal};
+  // With a mask no call is causal. Of kBoolMask to know it spares registers.
+  const typename Flash::Range range{static_cast<int>(p.L), static_cast<int>(p.S), Flash::kBool ? false : p.is_causal};
 
   // Shared memory: query | key stages | value stages, or places. The output leaves through the query's place.
   const uint32_t base = shared_address(shared);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     __syncthreads();
   }
   // Keys from here on are seen by no query of the block.
-  const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
+  const int key_end = !Flash::kBool && p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
   const auto stream_keys = [&](int tile, int stage, bool run) {
     Stream::fill(key_tile(stage), place.key_row(), static_cast<int>(p.key.stride[2] * 2), tile * kKeyTile, range.S,
                  static_cast<int>(p.E), run);
@@ -199,11 +199,12 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   };
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
+  bool is_mixed = false;  // a bool mask is known to leave no tile out, and none as it is
+  constexpr bool kKnowsMixed = Flash::kBool && !(kHeadDim == 128 && kChip > 80 && kChip < 90);  // where it spills
   const auto next_tile = [&](int tile) {
-    if constexpr (Flash::kPadding) {
+    if constexpr (Flash::kHasMap) {
+      if (kKnowsMixed && is_mixed) return tile;
       while (tile * kKeyTile < key_end && !map.any(tile)) ++tile;
-    } else if constexpr (Flash::kHasMap) {
-      while (tile * kKeyTile < key_end && !map.any_key_takes_part(p, tile)) ++tile;
     } else if constexpr (Flash::kAny) {
       while (tile * kKeyTile < key_end && !any_key_takes_part<kKeyTile>(p, batch, head, tile * kKeyTile)) ++tile;
     }
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
       if (!passes) mask_tile(stage).fill(p, place.batch(), place.head(), tile * kKeyTile);
     }
   };
-  const auto passes_all = [&](int tile) { return Flash::kHasMap && map.all_keys_take_part(p, tile); };
+  const auto passes_all = [&](int tile) { return Flash::kHasMap && !(kKnowsMixed && is_mixed) && map.all(tile); };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
@@ -231,7 +232,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   } else {
     query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
   }
-  if constexpr (Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  if constexpr (Flash::kPadding && Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  if constexpr (Flash::kBool && Flash::kHasMap) {
+    is_mixed = map.template fill<kThreads, kKeyTile, Flash::kQueryTile>(p, batch, head, q0);
+  }
   const int first_tile = next_tile(0);
   if (first_tile * kKeyTile < key_end) {
     if (Flash::kHasPlace && place.streams()) {
@@ -267,6 +271,14 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   };
   const auto first_key = [&](int tile, int step) { return tile * kKeyTile + Flash::key(lane, step * (kStep / 8), 0); };
   BoolMask<kRowBlocks> bool_mask;
+  // Registers are short: what is seldom asked for is read, or made, again.
+  const auto recall_head = [&] {
+    if constexpr (Flash::kBool && Flash::kHasPlace) {
+      batch = place.batch(), head = place.head();
+    } else {
+      asm volatile("" : "+r"(head), "+r"(batch));
+    }
+  };
   bool passes = false;  // the mask is known not to touch this tile
   if constexpr (Flash::kPadding) passes = map.all(first_tile);
   if constexpr (Flash::kBool) {
@@ -283,15 +295,15 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
 #pragma unroll
     for (auto& x : draws.third) asm volatile("" : "+r"(x));
   }
+  // kRotates: the place of this tile's keys (0), values (1) and the next keys (2).
   [[maybe_unused]] int first_place = 0;
-  for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1) {
+  const auto turn_places = [&] {
+    if constexpr (kRotates && Flash::kHasMap) first_place = first_place == 0 ? 2 : first_place - 1;
+  };
+  for (int tile = first_tile, next, parity = 0; tile * kKeyTile < key_end; tile = next, parity ^= 1, turn_places()) {
     const int k0 = tile * kKeyTile;
-    // kRotates: the place of this tile's keys (0), values (1) and the next keys (2).
-    if constexpr (Flash::kBool || Flash::kHasMap) {
-      if (tile != first_tile) first_place = first_place == 0 ? 2 : first_place - 1;
-    }
     const auto place_of = [&](int item) {
-      if constexpr (Flash::kBool || Flash::kHasMap) {
+      if constexpr (Flash::kHasMap) {
         const int i = first_place + item;
         return i < 3 ? i : i - 3;
       }
@@ -343,7 +355,12 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     const auto turn_to_next = [&] {
       if constexpr (Flash::kPadding) passes = next_passes;
       if constexpr (Flash::kBool) {  // these loads are on their way while the block waits for the next tile
-        asm volatile("" : "+r"(head), "+r"(batch));
+        recall_head();
+        if constexpr (kHeadDim == 128 && Arch::kAsyncCopy) {  // kept from above it spills
+          next = tile;
+          asm volatile("" : "+r"(next));
+          next = next_tile(next + 1);
+        }
         passes = passes_all(next);
         if (!passes) bool_mask.fetch(p, batch, head, first_row(), first_key(next, 0));
       }
@@ -353,7 +370,10 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
       }
     };
     if constexpr (Flash::kBool) {
-      if (!passes) bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      if (!passes) {
+        recall_head();
+        bool_mask.settle(p, batch, head, first_row(), first_key(tile, 0));
+      }
       if (!passes && !bool_mask.any()) {  // of this warp's scores
         turn_to_values(0);
         if constexpr (kInTurn) stream_keys(next, 0, streams_next);
@@ -441,6 +461,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
 
       if (drops) {
         const Dropout draw = dropout.with_seed(*p.seed);
+        recall_head();
         if (step == 0) {
           dropped_columns(dropped_of_rows, draw, static_cast<uint32_t>(p.first_batch_head) + batch * heads + head,
                           q0 + warp_block * 16, first_key(tile, 0));

@@ -123,9 +123,11 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, k
   // Keys from here on are seen by no query of the block.
   const int key_end = p.is_causal ? min(range.S, q0 + Flash::kQueryTile) : range.S;
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
+  bool is_mixed = false;  // the mask is known to leave no tile out
   const auto next_tile = [&](int tile) {
     if constexpr (kHasMask) {
-      while (tile * kKeyTile < key_end && !map.any_key_takes_part(p, tile)) ++tile;
+      if (is_mixed) return tile;
+      while (tile * kKeyTile < key_end && !map.any(tile)) ++tile;
     }
     return tile;
   };
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(FlashForwardWide<Arch, T, kHeadDim, kChange, k
   } else {
     query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
   }
-  if constexpr (kHasMask) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  if constexpr (kHasMask) is_mixed = map.template fill<kThreads, kKeyTile, Flash::kQueryTile>(p, batch, head, q0);
   const int first_tile = next_tile(0);
   if (first_tile * kKeyTile < key_end) {
     if (!place.streams()) fetch(key_tile, p.key, p.E, first_tile);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../attn/mask_blocks.h"
 #include "../attn/params.h"
 #include "score_mask.cuh"
 #include "tile.cuh"
@@ -97,13 +98,13 @@ struct SharedMask {
     const int shift = p.mask_kind == MaskKind::kBool ? 0 : 1;  // of elements to bytes
     const int chunks = kKeys / kChunkBytes << shift;
     const int first = threadIdx.x / chunks, byte = threadIdx.x % chunks * kChunkBytes, row_step = kThreads / chunks;
-    const int present = min(max(((static_cast<int>(p.S) - k0) << shift) - byte, 0), kChunkBytes);
-    const char* from = static_cast<const char*>(p.attn_mask.data) + byte +
-                       ((batch * stride[0] + head * stride[1] + (q0 + first) * stride[2] + k0) << shift);
+    const int keys = min(static_cast<int>(p.S) - k0, kKeys), last = static_cast<int>(p.L) - 1;
+    const int present = min(max((keys << shift) - byte, 0), kChunkBytes);
+    const char* const from =
+        static_cast<const char*>(p.attn_mask.data) + byte + ((batch * stride[0] + head * stride[1] + k0) << shift);
 #pragma unroll 2
-    for (int row = first; row < kQueries; row += row_step) {
-      cp_async<kChunkBytes>(base + row * kPitch + byte, from, q0 + row < p.L ? present : 0);
-      from += (row_step * stride[2]) << shift;
+    for (int row = first; row < kQueries; row += row_step) {  // as HeadMask::read, of a query past the last
+      cp_async<kChunkBytes>(base + row * kPitch + byte, from + (min(q0 + row, last) * stride[2] << shift), present);
     }
   }
 
@@ -115,6 +116,45 @@ struct SharedMask {
 #pragma unroll
       for (int n = 0; n < kRuns; ++n) run[n].read_shared(from + (n / 2 * 8 + n % 2) * kPitch);
     }
+  }
+};
+
+// Which query tiles a loop takes: those with a score of the block's keys that a bool mask lets take part, as far as it
+// is known (of key padding, and where blocks have been looked through) and the same for all heads of the loop; and
+// every 31st of a row of others. A bit each, in shared memory.
+template <int kQueries, int kKeys>
+struct QueryTiles {
+  static constexpr int kTiles = 1024;  // of those after that nothing is known
+  static constexpr int kBytes = kTiles / 8 + 8;
+  uint32_t base;
+
+  // All threads of the block; ends with a barrier. (Inlined, it makes the wide kernel spill at 128 columns on sm90.)
+  template <int kThreads>
+  __device__ __noinline__ void fill(const ForwardParams& p, int batch, int head, int k0) const {
+    static_assert(MaskBlocks::kWordKeys % kKeys == 0 && kKeys % MaskBlocks::kKeys == 0);
+    constexpr uint32_t kKeyBits = (1u << kKeys / MaskBlocks::kKeys) - 1;
+    const bool is_same = p.group == 1 || p.attn_mask.stride[1] == 0, is_known = is_same && p.mask_blocks != nullptr;
+    const bool any_key = !is_same || any_key_takes_part<kKeys>(p, batch, head, k0);
+    const int count = static_cast<int>((p.L + kQueries - 1) / kQueries);
+    for (int i = threadIdx.x; i < kTiles + 32; i += kThreads) {
+      bool takes_part = any_key || i >= count;  // one that does not exist ends the loop
+      if (is_known && takes_part && i < count) {
+        const uint64_t word = MaskBlocks(p, batch, head).word_of<kQueries>(i * kQueries, k0 / MaskBlocks::kWordKeys);
+        takes_part = (word >> k0 % MaskBlocks::kWordKeys / MaskBlocks::kKeys & kKeyBits) != 0;
+      }
+      const uint32_t bits = __ballot_sync(0xffffffffu, takes_part);
+      if (i % 32 == 0) asm volatile("st.shared.u32 [%0], %1;" ::"r"(base + i / 8), "r"(bits) : "memory");
+    }
+    __syncthreads();
+  }
+  // The first from this one on. Without a branch, which would part what is interleaved in the loop.
+  __device__ __forceinline__ int from(int tile) const {
+    const uint32_t place = base + min(tile, kTiles - 1) / 32 * 4;
+    uint32_t left, right;  // which nobody writes: loads that may move
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(left) : "r"(place));
+    asm volatile("ld.shared.u32 %0, [%1 + 4];" : "=r"(right) : "r"(place));
+    const int bits = static_cast<int>(__funnelshift_r(left, right, tile));
+    return tile + (tile < kTiles ? static_cast<int>(min(static_cast<uint32_t>(__ffs(bits) - 1), 31u)) : 0);
   }
 };
 

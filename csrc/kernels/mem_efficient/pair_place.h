@@ -55,10 +55,10 @@ struct KeyPlace {
     return {__float_as_int(v.x), __float_as_int(v.y)};
   }
   __device__ __forceinline__ Matrix<const float> keys() const {
-    return Matrix<const float>::of(p.key, (*this)().batch, (*this)().key_head, p.S, p.E);
+    return Matrix<const float>::of(p.key, (*this)().batch, (*this)().key_head, p.seen_keys, p.E);
   }
   __device__ __forceinline__ Matrix<const float> values() const {
-    return Matrix<const float>::of(p.value, (*this)().batch, (*this)().key_head, p.S, p.Ev);
+    return Matrix<const float>::of(p.value, (*this)().batch, (*this)().key_head, p.seen_keys, p.Ev);
   }
   __device__ __forceinline__ Matrix<const float> queries(int head) const {
     return Matrix<const float>::of(p.query, (*this)().batch, head, p.L, p.E);
