@@ -32,8 +32,8 @@ struct MaskBlocks {
     uint32_t any = 0, all = ~0u;
 #pragma unroll
     for (int i = 0; i < kCount / kQueries; ++i) {
-      if (q0 / kQueries + i >= rows) break;
-      const uint64_t x = __ldg(words + int64_t{q0 / kQueries + i} * words_per_row + word);
+      const int64_t row = min(q0 / kQueries + i, rows - 1);
+      const uint64_t x = __ldg(words + row * words_per_row + word);
       any |= static_cast<uint32_t>(x);
       all &= static_cast<uint32_t>(x >> 32);
     }

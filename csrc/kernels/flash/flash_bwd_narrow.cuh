@@ -88,7 +88,7 @@ struct NarrowBackward {
   static constexpr int kRowOffset = kMaskOffset + (Tile::kSharedMask ? MaskTile::kBytes : 0);
   static constexpr int kPlaceOffset = kRowOffset + (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
   static constexpr bool kSelects = kEdit == ScoreEdit::kMask;  // leaves out query tiles
-  using Selected = QueryTiles<kQueryTile, kKeyTile>;
+  using Selected = QueryTiles<kQueryTile, kKeyTile, kHeadDim == 64 && Arch::kAsyncCopy ? 160 : 512>;
   static constexpr int kSelectedOffset = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
   static constexpr int kSharedBytes = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);

@@ -86,7 +86,7 @@ struct WideBackward {
   static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
   static constexpr int kSelectedOffset = kBarrierOffset + kBarriers * Barrier::kBytes;
-  using Selected = QueryTiles<kQueryTile, kKeyTile>;
+  using Selected = QueryTiles<kQueryTile, kKeyTile, Tile::kCols == 192 ? 160 : 512>;
   static constexpr bool kSelects = kEdit == ScoreEdit::kMask && !kSplitsValue;  // leaves out query tiles, given room
   static constexpr int kSharedBytes = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
   static_assert(kSharedBytes <= Tile::kMaxSharedBytes);
@@ -108,8 +108,9 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   extern __shared__ __align__(1024) unsigned char shared[];
 
   if constexpr (Flash::kIsBoxed && kIsBeforeSm90) return;
+  // On sm80, and at 128 columns with a mask, the others have no registers for it.
   constexpr bool kAsksAhead =
-      kEdit == ScoreEdit::kNone || !kIsBeforeSm90;  // on sm80 the others have no registers for it
+      kEdit == ScoreEdit::kNone || !(kIsBeforeSm90 || (kEdit == ScoreEdit::kMask && kHeadDim == 128));
 
   // Work of this block: the query tiles of `group` query heads, one head after the other.
   let_successor_start();
@@ -374,8 +375,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
         }
       }
 
-      // Tiles that begin with this warp's rows: fewer additions of addresses, but a mask leaves no registers for it.
-      constexpr int kBegins = kEdit == ScoreEdit::kMask && (kHeadDim == 128 || !kVectorReductions) ? 0 : 1;
+      // Tiles that begin with this warp's rows: fewer additions of addresses, but on sm80 a mask leaves no registers.
+      constexpr int kBegins = kEdit == ScoreEdit::kMask && !kVectorReductions ? 0 : 1;
       const int key_begin = kBegins * warp_block, query_begin = kBegins * first_block;
       const typename Flash::KeyTile key_rows{key_tile.base + key_begin * 16 * Flash::KeyTile::kRowBytes};
       const typename Flash::ValueTile value_rows{value_tile.base + key_begin * 16 * Flash::ValueTile::kRowBytes};
