@@ -25,7 +25,7 @@ struct TileMap {
   // All threads of the block; ends with a barrier. Of padding; a warp reads an entry's tiles at once, 16 keys a lane.
   template <int kThreads, int kKeys>
   __device__ __forceinline__ void fill(const ForwardParams& p, int batch, int head) const {
-    read_padding<kThreads, kKeys>(p, batch, head);
+    if (is_padding(p)) read_padding<kThreads, kKeys>(p, batch, head);
     __syncthreads();
   }
   // The same of any mask, or none, for kQueries queries from q0 on. Returns whether there is no tile in which nothing
@@ -51,7 +51,7 @@ struct TileMap {
         const uint32_t exist = 0xffu >> max((i + 1) * kTogether - (static_cast<int>(p.S) + kKeys - 1) / kKeys, 0);
         is_mixed &= (entry & exist) == exist && (entry >> 8 & exist) == 0;
       }
-    } else if (p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0) {
+    } else if (is_padding(p)) {
       read_padding<kThreads, kKeys>(p, batch, head);
       is_mixed = false;
     }
@@ -66,6 +66,9 @@ struct TileMap {
   }
 
  private:
+  static __device__ __forceinline__ bool is_padding(const ForwardParams& p) {
+    return p.mask_kind == MaskKind::kBool && p.attn_mask.stride[2] == 0;
+  }
   template <int kThreads, int kKeys>
   __device__ __forceinline__ void read_padding(const ForwardParams& p, int batch, int head) const {
     static_assert(kKeys * kTogether == 32 * 16 && kKeys == 2 * MaskBlocks::kKeys);
