@@ -207,8 +207,10 @@ GROUPS_TEXT = {
         B4 H16 L4096 D120 bfloat16 causal
         B4 H16 L4096 D160 bfloat16 causal
         B4 H16 L4096 D192 bfloat16 causal
+        B4 H16 L4096 D72 bfloat16 backward
         B4 H16 L4096 D80 bfloat16 backward
         B4 H16 L4096 D96 bfloat16 backward
+        B4 H16 L4096 D120 bfloat16 backward
         B4 H16 L4096 D160 bfloat16 backward
         B4 H16 L4096 D192 bfloat16 backward
         B1 H1 L4096 D512 float16
