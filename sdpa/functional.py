@@ -49,11 +49,11 @@ def scaled_dot_product_attention(
         key: (N, ..., S, E), the query's dtype and device. Leading dims broadcast.
         value: (N, ..., S, Ev), likewise.
         attn_mask: broadcasts to (N, ..., L, S). bool: True takes part. float16, bfloat16 or float32 (whatever the
-            query's dtype): added to the scaled scores. Read in place; its gradient has its own shape.
+            query's dtype): added to the scaled scores. Read in place; its gradient has its own shape. The causal biases
+            of ``torch.nn.attention.bias`` are taken as well.
         dropout_p: probability in [0, 1] to drop a softmax weight; drawn from torch's generator.
-            ``torch.nn.attention.bias``'s causal ones are taken as well.
         is_causal: query i sees keys j <= i, also when L != S. Not together with ``attn_mask``.
-        scale: any finite number; 1 / sqrt(E) if None.
+        scale: any number that is finite in float32 (in float64 with such inputs); 1 / sqrt(E) if None.
         enable_gqa: query heads (dim -3) may be a multiple of the key and value heads, which are not copied.
 
     Returns:
