@@ -514,8 +514,8 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   });
 }
 
-void math_backward(const Call& call, const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp,
-                   const Gradients& grads) {
+void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]] const Tensor& output,
+                   const Tensor& logsumexp, const Gradients& grads) {
   const Shape shape(call);
   const auto type = product_type(call.query);
   const auto sum_type = accumulation_type(call.query);

@@ -5,7 +5,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 
-#include "attn/mask_blocks.h"
 #include "attn/split.h"
 #include "ops/inputs.h"
 #include "registry.h"
@@ -13,6 +12,8 @@
 #if defined(SDPA_WITH_CUDA)
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include "attn/mask_blocks.h"
 #endif
 
 namespace sdpa {
