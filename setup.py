@@ -97,7 +97,8 @@ def visible_archs(torch: object) -> str:
 
 def spelt_out(archs: str, nvcc: Path, version: tuple[int, int], torch: object) -> str:
     """TORCH_CUDA_ARCH_LIST with torch's names as numbers; exits if there is one that cannot be compiled for."""
-    names = NAMED_ARCHS | dict.fromkeys(("All", "Common"), all_archs(version)) | {"native": visible_archs(torch)}
+    native = visible_archs(torch) if "native" in archs else ""  # which starts CUDA
+    names = NAMED_ARCHS | dict.fromkeys(("All", "Common"), all_archs(version)) | {"native": native}
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
     result = []

@@ -67,7 +67,7 @@ def calls(few):
         kinds = ("plain", "causal", "bool", "short bias")
         yield from ((FLASH, None, dtype, D, 256, 320, little, kind) for kind in kinds)
         yield from ((FLASH, None, dtype, D, 256, 320, blocks, kind) for kind in kinds[: 2 if few else 4])
-        yield FLASH, None, dtype, D, 600, 640, max(blocks, 12), "bool"  # its blocks are looked through
+        yield FLASH, None, dtype, D, 600, 640, blocks, "bool"  # its blocks are looked through
         if D in (96, 128):
             kinds_of_ring = ("plain", "causal", "padding", "dropout")
             yield from ((FLASH, 80, BRAIN, D, 300, 1100, many, kind) for kind in kinds_of_ring)

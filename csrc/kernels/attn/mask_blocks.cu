@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t number = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
   if (number >= count) return;
   const int64_t* const stride = p.attn_mask.stride;
-  const int64_t words_per_row = (p.S + MaskBlocks::kWordKeys - 1) / MaskBlocks::kWordKeys;
-  const int64_t rows = (p.L + kQueries - 1) / kQueries, mask = number / words_per_row / rows;
+  const int64_t words_per_row = MaskBlocks::count_words(p);
+  const int64_t rows = MaskBlocks::count_rows(p), mask = number / words_per_row / rows;
   const int64_t masks_of_batch = stride[1] == 0 ? 1 : p.H;  // else there is one batch's, or as many as batches
   const int64_t query = number / words_per_row % rows * kQueries;
   const int64_t first_key = number % words_per_row * MaskBlocks::kWordKeys;
@@ -66,13 +66,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t find_mask_blocks(ForwardParams& p, uint64_t* words, cudaStream_t stream) {
-  const int64_t count = mask_block_words(p), blocks = (count * 32 + kThreads - 1) / kThreads;
+  const int64_t count = mask_block_words(p), of_mask = MaskBlocks::count_rows(p) * MaskBlocks::count_words(p);
+  const int64_t blocks = (count * 32 + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   const int64_t* const stride = p.attn_mask.stride;
-  const int64_t masks_of_batch = stride[1] == 0 ? 1 : p.H, masks = (stride[0] == 0 ? 1 : p.B) * masks_of_batch;
   p.mask_blocks = words;
-  p.mask_blocks_stride[0] = stride[0] == 0 ? 0 : count / masks * masks_of_batch;
-  p.mask_blocks_stride[1] = stride[1] == 0 ? 0 : count / masks;
+  p.mask_blocks_stride[0] = stride[0] == 0 ? 0 : stride[1] == 0 ? of_mask : of_mask * p.H;
+  p.mask_blocks_stride[1] = stride[1] == 0 ? 0 : of_mask;
   mask_blocks_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, words, count);
   return cudaGetLastError();
 }

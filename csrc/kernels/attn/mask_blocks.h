@@ -16,14 +16,18 @@ namespace sdpa {
 struct MaskBlocks {
   static constexpr int kQueries = 32, kKeys = 32, kWordKeys = 32 * kKeys;
 
+  // Of a mask, and of a row of its blocks.
+  static __host__ __device__ int64_t count_rows(const ForwardParams& p) { return (p.L + kQueries - 1) / kQueries; }
+  static __host__ __device__ int64_t count_words(const ForwardParams& p) { return (p.S + kWordKeys - 1) / kWordKeys; }
+
 #if defined(__CUDACC__)
   const uint64_t* words;
   int rows, words_per_row;
 
   __device__ __forceinline__ MaskBlocks(const ForwardParams& p, int batch, int head)
       : words(p.mask_blocks + batch * p.mask_blocks_stride[0] + head * p.mask_blocks_stride[1]),
-        rows(static_cast<int>((p.L + kQueries - 1) / kQueries)),
-        words_per_row(static_cast<int>((p.S + kWordKeys - 1) / kWordKeys)) {}
+        rows(static_cast<int>(count_rows(p))),
+        words_per_row(static_cast<int>(count_words(p))) {}
 
   // Of kCount queries from q0 on, a multiple of 32 both, and of keys [word * kWordKeys, (word + 1) * kWordKeys).
   template <int kCount>
@@ -50,8 +54,7 @@ inline int64_t mask_block_words(const ForwardParams& p) {
   if (p.mask_kind != MaskKind::kBool || stride[2] == 0 || p.L == 0 || p.S == 0) return 0;
   const int64_t masks = (stride[0] == 0 ? 1 : p.B) * (stride[1] == 0 ? 1 : p.H);
   if (p.B * p.H < kLeastShared * masks || p.B * p.H * p.L * p.S < kLeastScores) return 0;
-  return masks * ((p.L + MaskBlocks::kQueries - 1) / MaskBlocks::kQueries) *
-         ((p.S + MaskBlocks::kWordKeys - 1) / MaskBlocks::kWordKeys);
+  return masks * MaskBlocks::count_rows(p) * MaskBlocks::count_words(p);
 }
 
 // Fills `words`, of which there are as many as said above, and tells p of them.
