@@ -121,7 +121,7 @@ def report(launches: list[dict], compiled: dict[tuple[str, str], tuple[int, dict
     for title, chip in CHIPS.items():
         cases: dict[tuple[str, int, int], list[str]] = {}
         for launch in launches:
-            if launch["path"] == chip.path and not re.search("delta|convert", launch["kernel"]):
+            if launch["path"] == chip.path and not re.search("delta|convert|mask_blocks", launch["kernel"]):
                 key = launch["kernel"], launch["threads"], launch["shared"]
                 cases.setdefault(key, []).append(launch["case"])
         yield f"\n## {title}\n"
