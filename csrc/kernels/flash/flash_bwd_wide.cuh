@@ -200,6 +200,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
   if (!has_work) here.head += group;
+  // Whether a tile that is selected is looked up once, for all that want to know the next (see QueryTiles). At 128
+  // columns sm80 has no registers for it, and the largest tile of 163 KB was 2 % slower.
+  constexpr bool kIsLargest = Tile::kCols == 256 && Tile::kMaxSharedBytes == 163 * 1024;
+  constexpr bool kCarriesNext = Flash::kSelects && !kIsLargest && !(kIsBeforeSm90 && kHeadDim == 128);
+  Place carried = here;
+  const auto following = [&] {
+    if constexpr (kCarriesNext) return carried;
+    return after(here);
+  };
   // The mask's variant has no registers for addresses that would stay valid over the loop: from here on they are
   // computed from their origins again.
   int parity = 0;
@@ -355,7 +364,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
-    for (; exists(here); here = after(here), parity ^= 1) {
+    for (; exists(here); here = following(), parity ^= 1) {
+      if constexpr (kCarriesNext) carried = after(here);
       start_anew();
       if (!is_full) full.wait(parity ^ 1);
       const int q0 = here.q0;
@@ -499,7 +509,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       }
       complete.arrive_warp();
       start_anew();
-      const Place next = after(here);
+      const Place next = following();
       if (exists(next)) {
         expect(full);
         if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1, full);
@@ -548,7 +558,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
       multiply_others(grad_key, score_tile, query, kFirst, kFetchesEarly ? kFirst + 1 : kAll);
       if constexpr (kFetchesEarly) {
-        if (const Place next = after(here); exists(next)) {
+        if (const Place next = following(); exists(next)) {
           grad_read.wait(parity);
           fetch_grad(next, 0, full);
         }
@@ -561,7 +571,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if constexpr (kEdit == ScoreEdit::kMaskGradient) {
         if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
       }
-      if (const Place next = after(here); exists(next)) {
+      if (const Place next = following(); exists(next)) {
         publish_row(next_row);
         if (threadIdx.x < kQueryTile) full.arrive_warp();
         if constexpr (Tile::kGradStages == 1 && !kFetchesEarly) {
