@@ -89,6 +89,51 @@ struct TileMap {
   }
 };
 
+// Forward, key padding: the tiles in which something takes part, one after the other, so that the loop over tiles comes
+// to the next without a search. In shared memory.
+struct TileList {
+  static constexpr int kTiles = 2304;  // of those after that all are taken
+  static constexpr int kBytes = kTiles + 16;
+  // A step to the next tile has seven bits. So one is taken that need not be where so many would be left out, if these
+  // end with a group of 32.
+  static constexpr int kMostLeftOut = 90;
+  uint32_t address;
+
+  // By one warp, from a complete map.
+  __device__ __forceinline__ void make(const TileMap& map, int tiles) const {
+    static_assert(kTiles % 32 == 0 && kTiles <= TileMap::kTiles && kMostLeftOut + 32 < 128);
+    const int lane = threadIdx.x % 32, known = min(tiles, kTiles);
+    int listed = 0, last = -1;
+    for (int first = 0; first < known; first += 32) {
+      const int tile = first + lane, end = min(first + 32, known) - 1;
+      const bool is_last_known = end + 1 < tiles && end + 1 == kTiles;
+      uint32_t taken = __ballot_sync(0xffffffffu, tile < known && map.any(tile));
+      if (is_last_known || (taken == 0 && end - last > kMostLeftOut)) taken |= 1u << (end - first);
+      if (taken >> lane & 1) {
+        const uint32_t before = taken & ((1u << lane) - 1);
+        const int previous = before != 0 ? first + 31 - __clz(static_cast<int>(before)) : last;
+        put(listed + __popc(before), (tile - previous) * 2 + map.all(tile));
+      }
+      listed += __popc(taken);
+      if (taken != 0) last = first + 31 - __clz(static_cast<int>(taken));
+    }
+    // The end is no further from the last tile than this step.
+    const int step = tiles > kTiles ? 2 : 254;
+    for (int number = listed + lane; number < kBytes; number += 32) put(number, step);
+  }
+  // Twice the number of tiles from the one before to the number-th, and one more if all its keys take part.
+  __device__ __forceinline__ uint32_t step(int number) const {
+    uint32_t step;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(step) : "r"(address + min(number, kBytes - 1)));
+    return step;
+  }
+
+ private:
+  __device__ __forceinline__ void put(int number, int step) const {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address + number), "r"(step) : "memory");
+  }
+};
+
 // Forward, a bool mask that is the same for every query: the entries of kKeys keys in shared memory.
 template <int kKeys>
 struct PaddingTile {

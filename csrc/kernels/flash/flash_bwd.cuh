@@ -31,8 +31,8 @@
 namespace sdpa {
 
 // Flash is NarrowBackward, WideBackward or SplitBackward, kKernel its kernel.
-template <class Flash, auto kKernel, class T, class... Maps>
-cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream, const Maps&... maps) {
+template <class Flash, auto kKernel, class T>
+cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
   const int64_t key_tiles = Flash::kWalks ? 1 : (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
   const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
   const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
@@ -40,11 +40,11 @@ cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream, c
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device
   return launch_early<kKernel>(dim3(order.grid_x(), order.grid_y()), Flash::kThreads, Flash::kSharedBytes, stream, p,
-                               order, dropout, p.scale * kLog2E, maps...);
+                               order, dropout, p.scale * kLog2E);
 }
 
-// Whether all operands' rows are whole 16-byte chunks, and those of dQ whole tiles of its sums: kernels that walk take
-// no others.
+// Whether all operands' rows are whole 16-byte chunks, and those of dQ whole tiles of its sums: some kernels take no
+// others, and are the faster for it.
 inline bool is_plain(const BackwardParams& p) {
   const auto in_chunks = [](const Operand& x) {
     uint64_t bits = reinterpret_cast<uint64_t>(x.data);
@@ -93,15 +93,25 @@ template <class Arch, int kHeadDim, ScoreEdit kEdit>
 constexpr bool kCanWalk = Arch::kAsyncCopy && (kHeadDim == 64 || kHeadDim == 128) && kEdit == ScoreEdit::kNone;
 
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
-cudaError_t launch_narrow(const BackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_narrow_tile(const BackwardParams& p, cudaStream_t stream) {
   return launch_main_backward<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>,
                               narrow_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+}
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
+cudaError_t launch_narrow(const BackwardParams& p, cudaStream_t stream) {
+  // At 32 columns it is slower, but with dropout; at 128 it spills.
+  constexpr bool kHasPlain =
+      Arch::kAsyncCopy && !has_mask(kEdit) && (kHeadDim == 64 || (kHeadDim == 32 && kEdit == ScoreEdit::kDropout));
+  if constexpr (kHasPlain) {
+    if (is_plain(p)) return launch_narrow_tile<Arch, T, kHeadDim, kEdit, Plain<Tile>>(p, stream);
+  }
+  return launch_narrow_tile<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
 }
 template <class Arch, class T, int kHeadDim, ScoreEdit kEdit>
 cudaError_t narrow_backward(const BackwardParams& p, bool walks, cudaStream_t stream) {
   using Tile = NarrowTile<Arch, kHeadDim, kEdit>;
   if constexpr (kHeadDim <= 64 && kCanWalk<Arch, kHeadDim, kEdit>) {
-    if (walks) return launch_narrow<Arch, T, kHeadDim, kEdit, Walking<Tile>>(p, stream);
+    if (walks) return launch_narrow_tile<Arch, T, kHeadDim, kEdit, Walking<Tile>>(p, stream);
   }
   if constexpr (kHeadDim == 64 && Arch::kAsyncCopy) {
     if (!fits_twice<NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>>(p)) {
@@ -110,46 +120,31 @@ cudaError_t narrow_backward(const BackwardParams& p, bool walks, cudaStream_t st
   }
   if constexpr (has_mask(kEdit) && kHeadDim <= 64 && Arch::kAsyncCopy) {
     using SharedTile = NarrowTile<Arch, kHeadDim, kEdit, true>;
-    using Plain = NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>;
+    using Without = NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>;
     using Shared = NarrowBackward<Arch, T, kHeadDim, SharedTile, kEdit>;
     // The mask's place must not cost a multiprocessor a block, as it would on sm80.
     const auto blocks = [&](int bytes) { return std::min(blocks_that_fit(p, bytes), Tile::kBlocksPerSm); };
-    if (Shared::MaskTile::fits(p) && blocks(Shared::kSharedBytes) == blocks(Plain::kSharedBytes)) {
+    if (Shared::MaskTile::fits(p) && blocks(Shared::kSharedBytes) == blocks(Without::kSharedBytes)) {
       return launch_narrow<Arch, T, kHeadDim, kEdit, SharedTile>(p, stream);
     }
   }
   return launch_narrow<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
 }
-// ForBoxes: the tile if copies are by copy_box, or void. It wants a second stage of queries or of dO: with one of each
-// it is slower than cp.async by all threads (7.60 ms against 7.04 at 192 columns).
-template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile, class ForBoxes = void>
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
+cudaError_t launch_wide_tile(const BackwardParams& p, cudaStream_t stream) {
+  return launch_main_backward<WideBackward<Arch, T, kHeadDim, Tile, kEdit>,
+                              wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream);
+}
+template <class Arch, class T, int kHeadDim, ScoreEdit kEdit, class Tile>
 cudaError_t launch_wide(const BackwardParams& p, bool walks, cudaStream_t stream) {
   if constexpr (kCanWalk<Arch, kHeadDim, kEdit> && Tile::kMaxSharedBytes == WalkSize<kHeadDim>::kSharedBytes) {
-    using Walk = Walking<Tile>;
-    using Flash = WideBackward<Arch, T, kHeadDim, Walk, kEdit>;
-    static_assert(Flash::kKeyTile == WalkSize<kHeadDim>::kKeyTile);
-    if (walks) {
-      return launch_main_backward<Flash, wide_backward_kernel<Arch, T, kHeadDim, Walk, kEdit>, T>(
-          p, stream, typename Flash::Maps{});
-    }
+    static_assert(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kKeyTile == WalkSize<kHeadDim>::kKeyTile);
+    if (walks) return launch_wide_tile<Arch, T, kHeadDim, kEdit, Walking<Tile>>(p, stream);
   }
-  if constexpr (kEdit == ScoreEdit::kNone && !std::is_void_v<ForBoxes>) {
-    using Flash = WideBackward<Arch, T, kHeadDim, Boxed<ForBoxes>, kEdit>;
-    constexpr auto kKernel = wide_backward_kernel<Arch, T, kHeadDim, Boxed<ForBoxes>, kEdit>;
-    using QueryTile = typename Flash::QueryTile;
-    typename Flash::Maps maps;
-    const auto describe = [&](CUtensorMap& map, const Operand& x, int64_t cols) {
-      return describe_tensor(map, x, p.B, p.H, p.L, cols, Flash::kQueryTile, QueryTile::kBoxCols,
-                             std::is_same_v<T, __nv_bfloat16>);
-    };
-    if (is_plain(p) && p.shared_bytes >= kSm90SharedBytes && runs_as_sm90<kKernel>() &&
-        describe(maps.query, p.query, p.E) && describe(maps.grad, p.grad_output, p.Ev)) {
-      return launch_main_backward<Flash, kKernel, T>(p, stream, maps);
-    }
+  if constexpr (!has_mask(kEdit) && Arch::kAsyncCopy && kHeadDim == 128) {
+    if (is_plain(p)) return launch_wide_tile<Arch, T, kHeadDim, kEdit, Plain<Tile>>(p, stream);
   }
-  using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
-  return launch_main_backward<Flash, wide_backward_kernel<Arch, T, kHeadDim, Tile, kEdit>, T>(p, stream,
-                                                                                              typename Flash::Maps{});
+  return launch_wide_tile<Arch, T, kHeadDim, kEdit, Tile>(p, stream);
 }
 
 template <class Arch, class T, int kHeadDim, class Tile>
@@ -171,11 +166,11 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
     if constexpr (kHeadDim <= 128) {
       using Large = WideTile<128, 8, 2, 2, 64, 2, 2, 163 * 1024>;
       using Large96 = WideTile<96, 8, 2, 2, 64, 2, 2, 163 * 1024>;
-      using Boxed96 = WideTile<96, 12, 2, 3, 96, 2, 2, 227 * 1024>;
       const bool is_large = p.shared_bytes >= Large::kMaxSharedBytes;
-      if (is_large && std::max(p.E, p.Ev) <= 96)
-        return launch_wide<Arch, T, kHeadDim, kEdit, Large96, Boxed96>(p, walks, stream);
-      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large, Large>(p, walks, stream);
+      if (is_large && std::max(p.E, p.Ev) <= 96) {
+        return launch_wide<Arch, T, kHeadDim, kEdit, Large96>(p, walks, stream);
+      }
+      if (is_large) return launch_wide<Arch, T, kHeadDim, kEdit, Large>(p, walks, stream);
       return narrow_backward<Arch, T, kHeadDim, kEdit>(p, walks, stream);
     } else {
       constexpr int kLarge = 163 * 1024, kHuge = 227 * 1024;

@@ -26,7 +26,7 @@ namespace sdpa {
 // kSmall: a multiprocessor of 100 KB has room for two blocks at 64 columns.
 template <class Arch, int kHeadDim, ScoreEdit kEdit, bool kSharedMask_ = false, bool kSmall = false>
 struct NarrowTile {
-  static constexpr bool kSharedMask = kSharedMask_, kWalks = false;
+  static constexpr bool kSharedMask = kSharedMask_, kWalks = false, kIsPlain = false;
   static constexpr int kWarps = kHeadDim <= 64 ? 4 : 8;
   static constexpr int kKeyBlocks = kHeadDim <= 64 ? 2 : 1;  // 16-key blocks of a warp
   static constexpr int kQueries = kSmall ? 32 : 64;
@@ -49,7 +49,7 @@ struct NarrowTile {
 // hide: more warps do.
 template <int kHeadDim, ScoreEdit kEdit>
 struct NarrowTile<Sm75, kHeadDim, kEdit, false, false> {
-  static constexpr bool kSharedMask = false, kWalks = false;
+  static constexpr bool kSharedMask = false, kWalks = false, kIsPlain = false;
   static constexpr int kWarps = 8, kKeyBlocks = 1;
   static constexpr int kQueries = kHeadDim <= 32 ? 128 : 64;
   static constexpr int kStep = kEdit == ScoreEdit::kNone ? 32 : 16;
@@ -94,7 +94,9 @@ struct NarrowBackward {
   static constexpr bool kSelects = kEdit == ScoreEdit::kMask;  // leaves out query tiles
   using Selected = QueryTiles<kQueryTile, kKeyTile, kHeadDim == 64 && Arch::kAsyncCopy ? 160 : 512>;
   static constexpr int kSelectedOffset = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
-  static constexpr int kSharedBytes = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
+  static constexpr bool kReadsOrigin = Tile::kIsPlain && !kWalks && kEdit == ScoreEdit::kDropout;
+  static constexpr int kOriginOffset = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
+  static constexpr int kSharedBytes = kOriginOffset + (kReadsOrigin ? 16 : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
 };
 
@@ -143,11 +145,20 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const auto lane_offset = Flash::KeyTile::lane_offset();
   // Some variants have no registers for addresses that would stay valid over the loop: from here on they are computed
   // from their origins again.
-  constexpr bool kStartsAnew =
-      kHasMask || (kEdit == ScoreEdit::kNone && (kIsBeforeSm90 ? kHeadDim == 64 : kHeadDim == 128));
+  constexpr bool kStartsAnew = kHasMask || (Tile::kIsPlain && !Tile::kWalks) ||
+                               (kEdit == ScoreEdit::kNone && (kIsBeforeSm90 ? kHeadDim == 64 : kHeadDim == 128));
   const auto start_anew = [&] {
-    if constexpr (kStartsAnew) asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    if constexpr (Flash::kReadsOrigin) {
+      const uint32_t origin = base + Flash::kOriginOffset;
+      batch = load_shared_4(origin), key_head = load_shared_4(origin + 4), k0 = load_shared_4(origin + 8);
+    } else if constexpr (kStartsAnew) {
+      asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
+    }
   };
+  if (Flash::kReadsOrigin && threadIdx.x == 0) {
+    const auto word = [](int x) { return static_cast<uint32_t>(x); };
+    store_shared_16(base + Flash::kOriginOffset, {word(batch), word(key_head), word(k0), 0});
+  }
 
   // The loop goes over the query tiles of the group's query heads, one head after the other. For the mask's gradient
   // each batch starts at another tile, so that those which share it do not add to the same place at once. Places are
@@ -181,20 +192,25 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     return x;
   };
   if ((Flash::kSelects ? here.q0 : first_query()) >= length) here.head += group;  // nothing to do
-  constexpr bool kCarriesNext = Flash::kSelects && Tile::kCarriesNext;
+  constexpr bool kFetchesAll = Tile::kIsPlain && !Tile::kWalks;
+  constexpr bool kCarriesNext = (Flash::kSelects && Tile::kCarriesNext) || (kFetchesAll && !kIsBeforeSm90);
   Place carried = here;
   const auto following = [&] {
     if constexpr (kCarriesNext) return carried;
     return after(here);
   };
   int parity = 0;  // of the place's number
+  // Without a branch, what does not exist is copied as zeros. Nor are there registers for what a thread's places have
+  // in common.
+  const auto fetch = [&](const auto& tile, const Operand& operand, int64_t cols, const Place& x) {
+    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll && !exists(x) ? 0 : p.L, cols);
+    fetch_rows<Arch, kThreads, Tile::kIsPlain>(tile, rows, x.q0, kFetchesAll ? fresh_thread_index() : threadIdx.x);
+  };
   const auto fetch_query = [&](const Place& x, int stage) {
-    const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
-    fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Flash::kStages), query, x.q0);
+    fetch(query_tile(stage % Flash::kStages), p.query, p.E, x);
   };
   const auto fetch_grad = [&](const Place& x, int stage) {
-    const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
-    fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Flash::kGradStages), grad, x.q0);
+    fetch(grad_tile(stage % Flash::kGradStages), p.grad_output, p.Ev, x);
   };
   const auto fetch_mask = [&](const Place& x) {
     if constexpr (Tile::kSharedMask) mask_tile.template fill<kThreads>(p, batch, x.head, x.q0, k0);
@@ -252,18 +268,20 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 #pragma unroll 1
     for (; exists(here); here = following(), parity ^= 1) {
       if constexpr (kCarriesNext) carried = after(here);
+      if constexpr (!Flash::kReadsOrigin) start_anew();
+      // This query tile has landed; every warp is done with the one before, its stage and its dS.
+      wait_for_copies<Arch>();
+      __syncthreads();
+      if constexpr (Flash::kReadsOrigin) start_anew();
       if constexpr (kDrops && Tile::kKeepsDraws) {
-        if (here.head != head_drawn) {
+        // Whether a head begins: what costs no register where the origin is read, what does not spill elsewhere.
+        if (Flash::kReadsOrigin ? here.q0 == first_query() : here.head != head_drawn) {
           head_drawn = here.head;
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
           draws = DrawsOfHead::make(dropout.with_seed(*p.seed), batch_head);
         }
       }
-      start_anew();
-      // This query tile has landed; every warp is done with the one before, its stage and its dS.
-      wait_for_copies<Arch>();
-      __syncthreads();
-      if (const Place next = following(); exists(next)) {
+      if (const Place next = following(); kFetchesAll || exists(next)) {
         if constexpr (Flash::kStages > 1) fetch_query(next, parity + 1);
         if constexpr (Flash::kGradStages > 1) fetch_grad(next, parity + 1);
       }
@@ -289,7 +307,12 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 
         DroppedKeys<T, kHasMask, kKeyBlocks, kStep, Tile::kPacksDropped> dropped;
         const auto draw_dropped = [&](int k) {
-          asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
+          if constexpr (Flash::kReadsOrigin) {
+            start_anew();
+          } else {
+            asm volatile(""
+                         : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
+          }
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
           if constexpr (kDrops && Tile::kKeepsDraws) {
             dropped.draw(dropout, draws, q0 + step * kStep + k * 16, k0 + warp_block * 16, k);
@@ -437,7 +460,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
       __syncthreads();  // dS is complete; query, dO, LSE and delta are free
       start_anew();
       const Place next = following();
-      if (exists(next)) {
+      if (kFetchesAll || exists(next)) {
         if constexpr (Flash::kStages == 1) fetch_query(next, 0);
         if constexpr (Flash::kGradStages == 1) fetch_grad(next, 0);
         fetch_mask(next);
@@ -484,7 +507,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
         } else if (Tile::kWalks && is_first) {
           sums.template take_rows<Step::kPut, true>(grad_query, row0, tile0);
         } else {
-          sums.template take_rows<Step::kAdd, Tile::kWalks>(grad_query, row0, tile0);
+          sums.template take_rows<Step::kAdd, Tile::kIsPlain && !kDrops>(grad_query, row0, tile0);
         }
       }
       publish_row(next_row, following());

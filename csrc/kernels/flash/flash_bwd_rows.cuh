@@ -16,20 +16,39 @@ namespace sdpa {
 // The variants of the main kernel: what becomes of scores besides causality. Those with a mask take dropout, too;
 // kMaskGradient also makes the mask's gradient.
 enum class ScoreEdit { kNone, kDropout, kMask, kMaskGradient };
-// A tile of a kernel whose blocks walk over all key tiles of a head (see flash_bwd.cuh).
+// A tile of a kernel for operands that are plain (see flash_bwd.cuh): its loop copies without a branch.
 template <class Tile>
-struct Walking : Tile {
-  static constexpr bool kWalks = true;
+struct Plain : Tile {
+  static constexpr bool kIsPlain = true;
 };
-
-// A tile of a kernel that gets queries and dO by copy_box.
+// And whose blocks walk over all key tiles of a head.
 template <class Tile>
-struct Boxed : Tile {
-  static constexpr bool kIsBoxed = true;
+struct Walking : Plain<Tile> {
+  static constexpr bool kWalks = true;
 };
 
 constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;
+}
+
+// Chunks from kFirst on, kPanel or several times as many to kEnd, of all rows of the tile.
+template <int kThreads, int kPanel, int kFirst, int kEnd = kFirst + kPanel, class Tile, class U>
+__device__ __forceinline__ void copy_panel(const Tile& tile, const HeadRows<U>& source, int row0, unsigned thread) {
+  constexpr int kRowStep = kThreads / kPanel;
+  // In a padded tile, of eight rows those that are in different banks stand side by side.
+  const int number = thread / kPanel, chunk = kFirst + thread % kPanel;
+  const int first = kPanel == 4 && Tile::kIsPadded ? (number & ~7) | (number & 7) >> 1 | (number & 1) << 2 : number;
+  const uint32_t to = tile.base + Tile::offset(first, chunk);
+  const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
+  const int64_t step = kRowStep * source.row_stride;
+#pragma unroll
+  for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
+#pragma unroll
+    for (int panel = 0; panel < kEnd - kFirst; panel += kPanel) {
+      const int rows = (chunk + panel) * kChunkElements < source.cols ? source.rows - row0 - first : 0;
+      cp_async_or_zero(to + row * Tile::kRowBytes + panel * kChunkBytes, from + panel * kChunkElements, row < rows);
+    }
+  }
 }
 
 // Copies rows [row0, row0 + kRows) to the tile in order; what lies outside the source becomes zero. As
@@ -42,21 +61,14 @@ __device__ __forceinline__ void fetch_rows(const Tile& tile, const HeadRows<U>& 
   constexpr int kEven = Tile::kChunksPerRow & -Tile::kChunksPerRow, kMost = kThreads / 8;
   constexpr int kPanel = Arch::kAsyncCopy && kMost < kEven ? kMost : kEven, kRowStep = kThreads / kPanel;
   if constexpr (Arch::kAsyncCopy && kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0) {
+    if constexpr (kIsPlain && kPanel == 4 && Tile::kChunksPerRow == 12) {
+      // The fewer rows an instruction touches, the less it costs.
+      copy_panel<kThreads, 8, 0>(tile, source, row0, thread);
+      copy_panel<kThreads, 4, 8>(tile, source, row0, thread);
+      return;
+    }
     if (kIsPlain || (source.access == HeadRows<U>::Access::kChunk && source.cols % kChunkElements == 0)) {
-      // In a padded tile, of eight rows those that are in different banks stand side by side.
-      const int number = thread / kPanel, chunk = thread % kPanel;
-      const int first = kPanel == 4 && Tile::kIsPadded ? (number & ~7) | (number & 7) >> 1 | (number & 1) << 2 : number;
-      const uint32_t to = tile.base + Tile::offset(first, chunk);
-      const U* from = source.at(row0 + first, 0) + chunk * kChunkElements;
-      const int64_t step = kRowStep * source.row_stride;
-#pragma unroll
-      for (int row = 0; row < Tile::kRows; row += kRowStep, from += step) {
-#pragma unroll
-        for (int panel = 0; panel < Tile::kChunksPerRow; panel += kPanel) {
-          const int rows = (chunk + panel) * kChunkElements < source.cols ? source.rows - row0 - first : 0;
-          cp_async_or_zero(to + row * Tile::kRowBytes + panel * kChunkBytes, from + panel * kChunkElements, row < rows);
-        }
-      }
+      copy_panel<kThreads, kPanel, 0, Tile::kChunksPerRow>(tile, source, row0, thread);
       return;
     }
   }

@@ -10,7 +10,6 @@
 
 #include "../arch/arch.h"
 #include "../arch/barrier.h"
-#include "../arch/tensor_copy.h"
 #include "../attn/block_range.h"
 #include "../attn/launch.h"
 #include "../attn/params.h"
@@ -30,21 +29,12 @@ struct WideTile {
   static constexpr int kCols = kCols_, kWarps = kWarps_, kKeyBlocks = kKeyBlocks_, kShares = kShares_;
   static constexpr int kQueries = kQueries_, kStages = kStages_, kGradStages = kGradStages_;
   static constexpr int kMaxSharedBytes = kMaxSharedBytes_;
-  static constexpr bool kWalks = false, kIsBoxed = false;
-};
-
-// Of queries and dO, for copy_box.
-template <bool kIsBoxed>
-struct TensorMaps {};
-template <>
-struct TensorMaps<true> {
-  CUtensorMap query, grad;
+  static constexpr bool kWalks = false, kIsPlain = false;
 };
 
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 struct WideBackward {
-  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks, kIsBoxed = Tile::kIsBoxed;
-  using Maps = TensorMaps<kIsBoxed>;
+  static constexpr bool kHasMask = has_mask(kEdit), kWalks = Tile::kWalks;
   // In 64 KB there is a place for three quarters of the values' columns, if LSE and delta are where P^T is later. The
   // others are in registers, and come and go through the queries' place.
   static constexpr bool kSplitsValue = !Arch::kAsyncCopy && kHeadDim > 128;
@@ -66,9 +56,8 @@ struct WideBackward {
   static_assert(kShareQueries % 16 == 0 && kShareBlocks * Tile::kShares * 16 == Tile::kCols);
   static_assert(kGradQueryBlocks * kPasses * kColGroups * 16 == Tile::kCols && Tile::kCols <= kHeadDim);
 
-  using KeyTile = SharedTile<T, kKeyTile, kRowCols, Arch, kFewAddresses>;  // of values too, if whole
-  using QueryTile = std::conditional_t<kIsBoxed, BoxedTile<T, kQueryTile, kRowCols, Arch>,
-                                       SharedTile<T, kQueryTile, kRowCols, Arch, kFewAddresses>>;  // of dO too
+  using KeyTile = SharedTile<T, kKeyTile, kRowCols, Arch, kFewAddresses>;      // of values too, if whole
+  using QueryTile = SharedTile<T, kQueryTile, kRowCols, Arch, kFewAddresses>;  // of dO too
   using KeyOrder = std::conditional_t<kHasMask, RowRuns<Tile::kKeyBlocks>, InOrder>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using Barrier = SharedBarrier<Arch>;
@@ -83,7 +72,7 @@ struct WideBackward {
   static constexpr int kRowBytes = (kHasMask ? 3 : 2) * kQueryTile * static_cast<int>(sizeof(float));
   static constexpr int kScoreEnd = kScoreOffset + 2 * ScoreTile::kBytes;
   static constexpr int kRowOffset = kSplitsValue ? kScoreOffset : kScoreEnd;  // LSE, delta, rest of LSE
-  static constexpr int kBarriers = Barrier::kIsReal ? 6 : 0;
+  static constexpr int kBarriers = Barrier::kIsReal ? 5 : 0;
   static constexpr int kBarrierOffset = kScoreEnd + (kSplitsValue ? 0 : kRowBytes);
   static constexpr int kSelectedOffset = kBarrierOffset + kBarriers * Barrier::kBytes;
   using Selected = QueryTiles<kQueryTile, kKeyTile, Tile::kCols == 192 ? 160 : 512>;
@@ -96,8 +85,7 @@ struct WideBackward {
 template <class Arch, class T, int kHeadDim, class Tile, ScoreEdit kEdit>
 __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::kThreads, 1)
     wide_backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BlockOrder order,
-                         const __grid_constant__ Dropout dropout, const float scale_log2,
-                         const __grid_constant__ typename WideBackward<Arch, T, kHeadDim, Tile, kEdit>::Maps maps) {
+                         const __grid_constant__ Dropout dropout, const float scale_log2) {
   using Flash = WideBackward<Arch, T, kHeadDim, Tile, kEdit>;
   using KeyOrder = typename Flash::KeyOrder;
   using Barrier = typename Flash::Barrier;
@@ -107,7 +95,6 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   constexpr int kThreads = Flash::kThreads, kShareBlocks = Flash::kShareBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
 
-  if constexpr (Flash::kIsBoxed && kIsBeforeSm90) return;
   // On sm80, and at 128 columns with a mask, the others have no registers for it.
   constexpr bool kAsksAhead =
       kEdit == ScoreEdit::kNone || !(kIsBeforeSm90 || (kEdit == ScoreEdit::kMask && kHeadDim == 128));
@@ -143,26 +130,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   //   grad_read, query_read   the part of `done` after which a tile with one stage is overwritten.
   const auto barrier = [&](int n) { return Barrier{base + Flash::kBarrierOffset + n * Barrier::kBytes}; };
   const Barrier full = barrier(0), complete = barrier(1), done = barrier(2);
-  const Barrier grad_read = barrier(3), query_read = barrier(4), first_full = barrier(5);
+  const Barrier grad_read = barrier(3), query_read = barrier(4);
   if (threadIdx.x == 0) {
-    full.init((Flash::kIsBoxed ? 1 : kThreads) + kQueryTile / 32 * kWarpArrivals);
+    full.init(kThreads + kQueryTile / 32 * kWarpArrivals);
     constexpr int kArrivals = Tile::kWarps * kWarpArrivals;
     complete.init(kArrivals), done.init(kArrivals), grad_read.init(kArrivals), query_read.init(kArrivals);
-    if constexpr (Flash::kIsBoxed) {
-      first_full.init(1);
-      fence_barrier_init();
-    }
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = warp % Tile::kShares, warp_block = warp / Tile::kShares * kKeyBlocks;  // of 16 keys, in the tile
   const auto lane_offset = Flash::KeyTile::lane_offset();
-  const auto query_offset = [&] {
-    if constexpr (Flash::kIsBoxed) {
-      return Flash::QueryTile::lane_offset();
-    } else {
-      return lane_offset;
-    }
-  }();
   const auto score_lane_offset = Flash::ScoreTile::lane_offset();
   // The loop goes over the query tiles of the group's query heads, one head after the other. Places are counted on,
   // since a division for each would cost more than all else that is not arithmetic.
@@ -200,10 +176,12 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
   if (!has_work) here.head += group;
-  // Whether a tile that is selected is looked up once, for all that want to know the next (see QueryTiles). At 128
-  // columns sm80 has no registers for it, and the largest tile of 163 KB was 2 % slower.
+  // Without a branch, what does not exist is copied as zeros.
+  constexpr bool kFetchesAll = Tile::kIsPlain && !Tile::kWalks;
+  // Whether the next place is looked up once, for all that want to know it. Where tiles are selected (see QueryTiles)
+  // at 128 columns sm80 has no registers for it, and the largest tile of 163 KB was 2 % slower.
   constexpr bool kIsLargest = Tile::kCols == 256 && Tile::kMaxSharedBytes == 163 * 1024;
-  constexpr bool kCarriesNext = Flash::kSelects && !kIsLargest && !(kIsBeforeSm90 && kHeadDim == 128);
+  constexpr bool kCarriesNext = kFetchesAll || (Flash::kSelects && !kIsLargest && !(kIsBeforeSm90 && kHeadDim == 128));
   Place carried = here;
   const auto following = [&] {
     if constexpr (kCarriesNext) return carried;
@@ -213,39 +191,18 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue)
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue || (kFetchesAll && kIsBeforeSm90))
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
-  // By copy_box one thread fetches everything; `to_fill` counts what lands.
-  const auto expect = [&](const Barrier& to_fill) {
-    if constexpr (Flash::kIsBoxed) {
-      if (threadIdx.x == 0) expect_bytes(to_fill.address, 2 * Flash::QueryTile::kBytes);
-    }
+  const auto fetch = [&](const auto& tile, const Operand& operand, int64_t cols, const Place& x) {
+    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll && !exists(x) ? 0 : p.L, cols);
+    fetch_rows<Arch, kThreads, Tile::kIsPlain>(tile, rows, x.q0);
   };
-  const auto fetch_boxes = [&](const auto& tile, const CUtensorMap& map, const Place& x, const Barrier& to_fill) {
-    if constexpr (Flash::kIsBoxed) {
-      if (threadIdx.x != 0) return;
-#pragma unroll
-      for (int i = 0; i < Flash::QueryTile::kBoxes; ++i) {
-        copy_box(tile.box(i).base, map, i * Flash::QueryTile::kBoxCols, x.q0, x.head, batch, to_fill.address);
-      }
-    }
+  const auto fetch_query = [&](const Place& x, int stage) {
+    fetch(query_tile(stage % Tile::kStages), p.query, p.E, x);
   };
-  const auto fetch_query = [&](const Place& x, int stage, const Barrier& to_fill) {
-    if constexpr (Flash::kIsBoxed) {
-      fetch_boxes(query_tile(stage % Tile::kStages), maps.query, x, to_fill);
-    } else {
-      const HeadRows<const T> query(p.query, batch, x.head, p.L, p.E);
-      fetch_rows<Arch, kThreads, Tile::kWalks>(query_tile(stage % Tile::kStages), query, x.q0);
-    }
-  };
-  const auto fetch_grad = [&](const Place& x, int stage, const Barrier& to_fill) {
-    if constexpr (Flash::kIsBoxed) {
-      fetch_boxes(grad_tile(stage % Tile::kGradStages), maps.grad, x, to_fill);
-    } else {
-      const HeadRows<const T> grad(p.grad_output, batch, x.head, p.L, p.Ev);
-      fetch_rows<Arch, kThreads, Tile::kWalks>(grad_tile(stage % Tile::kGradStages), grad, x.q0);
-    }
+  const auto fetch_grad = [&](const Place& x, int stage) {
+    fetch(grad_tile(stage % Tile::kGradStages), p.grad_output, p.Ev, x);
   };
   // LSE, delta and rest of LSE of this thread's row. A row that does not exist is all zeros and adds nothing to any
   // gradient, if only its probabilities are finite, which a mask may prevent.
@@ -267,7 +224,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   const auto fetch_keys = [&] {
     const HeadRows<const T> key(p.key, batch, key_head, p.seen_keys, p.E),
         value(p.value, batch, key_head, p.seen_keys, p.Ev);
-    if constexpr (Tile::kWalks) {
+    if constexpr (Tile::kIsPlain) {
       fetch_rows<Arch, kThreads, true>(key_tile, key, k0);
       fetch_rows<Arch, kThreads, true>(value_tile, value, k0);
     } else {
@@ -303,9 +260,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   float grad_key[kKeyBlocks][2 * kShareBlocks][4] = {}, grad_value[kKeyBlocks][2 * kShareBlocks][4] = {};
 
   if (exists(here)) {
-    expect(first_full);
-    fetch_query(here, 0, first_full);
-    fetch_grad(here, 0, first_full);
+    fetch_query(here, 0);
+    fetch_grad(here, 0);
   }
   wait_for_predecessor();  // which makes delta, and zeros where dQ is summed up
   if (exists(here)) publish_row(read_row(here));
@@ -333,7 +289,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       } else if (Tile::kWalks && is_first) {
         sums.template take_rows<GradQuerySums::Step::kPut, true>(grad_query, row0, first_block * 2);
       } else {
-        sums.template take_rows<GradQuerySums::Step::kAdd, Tile::kWalks>(grad_query, row0, first_block * 2);
+        sums.template take_rows<GradQuerySums::Step::kAdd, Tile::kIsPlain>(grad_query, row0, first_block * 2);
       }
     }
   };
@@ -347,7 +303,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       const int row = i / kChunks, chunk = i % kChunks, to = first_key + KeyOrder::key(row);
       if (to >= target.rows) continue;
       const uint4 v = load_shared_16(tile.base + Flash::KeyTile::offset(row, chunk));
-      if constexpr (Tile::kWalks) {
+      if constexpr (Tile::kIsPlain) {
         T* const place = target.data + to * target.row_stride + chunk * kChunkElements;
         if (chunk * kChunkElements < target.cols) *reinterpret_cast<uint4*>(place) = v;
       } else {
@@ -357,8 +313,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   };
   wait_for_copies<Arch>();
   __syncthreads();
-  if constexpr (Flash::kIsBoxed) {
-    if (exists(here)) first_full.wait(0);
+  // Of 96 columns there is room for the keys in registers, as operands of K Q^T.
+  constexpr bool kKeepsKeys = kFetchesAll && Tile::kCols == 96 && kEdit == ScoreEdit::kNone;
+  uint32_t kept_keys[kKeepsKeys ? Tile::kCols / 16 : 1][kKeyBlocks][4];
+  if constexpr (kKeepsKeys) {
+#pragma unroll
+    for (int k = 0; k < Tile::kCols / 16; ++k) {
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) key_tile.load_a(kept_keys[k][m], lane_offset, warp_block + m, k);
+    }
   }
   bool is_full = false;
 #pragma unroll 1
@@ -396,10 +359,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       float scores[kBlocks][kKeyBlocks][2][4] = {}, grad_scores[kBlocks][kKeyBlocks][2][4] = {};
 #pragma unroll
       for (int k = 0; k < Tile::kCols / 16; ++k) {
-        uint32_t key[kKeyBlocks][4], value[kKeyBlocks][4];
+        uint32_t (&key)[kKeyBlocks][4] = kept_keys[kKeepsKeys ? k : 0];
+        uint32_t value[kKeyBlocks][4];
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
-          key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
+          if constexpr (!kKeepsKeys) key_rows.load_a(key[m], lane_offset, warp_block - key_begin + m, k);
           if (k < kSplit) {
             value_rows.load_a(value[m], value_offset, warp_block - key_begin + m, k);
           } else {
@@ -410,8 +374,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           uint32_t b[4], c[4];
-          query_rows.load_b_transposed(b, query_offset, first_block - query_begin + n, k);
-          grad_rows.load_b_transposed(c, query_offset, first_block - query_begin + n, k);
+          query_rows.load_b_transposed(b, lane_offset, first_block - query_begin + n, k);
+          grad_rows.load_b_transposed(c, lane_offset, first_block - query_begin + n, k);
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
             Product::add(scores[n][m][0], key[m], b[0], b[1]);
@@ -510,11 +474,12 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       complete.arrive_warp();
       start_anew();
       const Place next = following();
-      if (exists(next)) {
-        expect(full);
-        if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1, full);
-        if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1, full);
-      }
+      const auto fetch_ahead = [&] {
+        if (!kFetchesAll && !exists(next)) return;
+        if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
+        if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
+      };
+      if constexpr (!kFetchesAll) fetch_ahead();
       float3 next_row;
       if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
 
@@ -524,7 +489,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kShareBlocks; ++n) {
           uint32_t b[4];
-          rows.load_b(b, query_offset, k, share * kShareBlocks + n);
+          rows.load_b(b, lane_offset, k, share * kShareBlocks + n);
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
             Product::add(sum[m][2 * n], a[m], b[0], b[1]);
@@ -553,14 +518,15 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
       }
+      if constexpr (kFetchesAll) fetch_ahead();
       sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
       multiply_others(grad_value, probability_tile, grad, kFirst, kAll);
       if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
       multiply_others(grad_key, score_tile, query, kFirst, kFetchesEarly ? kFirst + 1 : kAll);
       if constexpr (kFetchesEarly) {
-        if (const Place next = following(); exists(next)) {
+        if (const Place next = following(); kFetchesAll || exists(next)) {
           grad_read.wait(parity);
-          fetch_grad(next, 0, full);
+          fetch_grad(next, 0);
         }
         multiply_others(grad_key, score_tile, query, kFirst + 1, kAll);
       }
@@ -571,18 +537,18 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if constexpr (kEdit == ScoreEdit::kMaskGradient) {
         if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
       }
-      if (const Place next = following(); exists(next)) {
+      if (const Place next = following(); kFetchesAll || exists(next)) {
         publish_row(next_row);
         if (threadIdx.x < kQueryTile) full.arrive_warp();
         if constexpr (Tile::kGradStages == 1 && !kFetchesEarly) {
           grad_read.wait(parity);
-          fetch_grad(next, 0, full);
+          fetch_grad(next, 0);
         }
         if constexpr (Tile::kStages == 1) {
-          if (!Flash::kIsBoxed || threadIdx.x == 0) query_read.wait(parity);
-          fetch_query(next, 0, full);
+          query_read.wait(parity);
+          fetch_query(next, 0);
         }
-        if constexpr (!Flash::kIsBoxed) full.arrive_with_copies();
+        full.arrive_with_copies();
       }
       take_query_gradient(here);
       is_full = kAsksAhead && full.test(parity);
@@ -602,8 +568,8 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       here = first_of(key_head * group);
       if (first_query() >= length) here.head += group;
       if (goes_on && exists(here)) {
-        fetch_query(here, parity, full);
-        fetch_grad(here, parity, full);
+        fetch_query(here, parity);
+        fetch_grad(here, parity);
         row = read_row(here);
       }
     }

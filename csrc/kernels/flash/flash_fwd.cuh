@@ -83,7 +83,10 @@ struct FlashForwardTile {
   static constexpr bool kKeepsDraws = kHeadDim <= 64;  // what they have in common, in registers, over the loop
 };
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
+// kPlain: for operands whose rows are whole aligned chunks (see has_whole_chunks), so that the loop has no other way to
+// copy.
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>,
+          bool kPlain = false>
 struct FlashForward {
   using Tile = FlashForwardTile<Arch, kHeadDim, kChange, kPlaces>;
   static constexpr bool kRotates = kPlaces == 3, kInTurn = Arch::kAsyncCopy && kPlaces == 2;
@@ -106,12 +109,16 @@ struct FlashForward {
   using KeyTile = SharedTile<T, kKeyTile, kCols, Arch, kFewAddresses>;  // of values too
   using KeyOrder = std::conditional_t<kBool || kFloat, ColumnRuns<kKeyTile>,
                                       std::conditional_t<kChange == ScoreChange::kDropout, PairedOctets, InOrder>>;
-  using Stream = TileStream<KeyTile, kThreads, KeyOrder, kHeadDim, Tile::kRecomputeAddresses>;
+  // Plain, they spill otherwise.
+  static constexpr bool kRecomputePlain = kPlain && kHeadDim == (kIsBeforeSm90 ? 32 : 64) &&
+                                          kChange == (kIsBeforeSm90 ? ScoreChange::kNone : ScoreChange::kDropout);
+  using Stream = TileStream<KeyTile, kThreads, KeyOrder, kHeadDim, Tile::kRecomputeAddresses || kRecomputePlain>;
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using MaskTile = PaddingTile<kKeyTile>;
   static constexpr bool kHasMap = (kPadding || kBool) && Arch::kAsyncCopy;  // elsewhere there is no room
   static constexpr int kMapOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
   static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
+  static_assert(kHasPlace || !kPlain);
   static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
   static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
   static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? 2 * MaskTile::kBytes : 0);
@@ -126,12 +133,13 @@ struct FlashForward {
   }
 };
 
-template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
-__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlaces>::kThreads,
+template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>,
+          bool kPlain = false>
+__global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlaces, kPlain>::kThreads,
                                   FlashForwardTile<Arch, kHeadDim, kChange, kPlaces>::kBlocksPerSm)
     flash_forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ BlockOrder order,
                          const __grid_constant__ Dropout dropout, const float scale_log2) {
-  using Flash = FlashForward<Arch, T, kHeadDim, kChange, kPlaces>;
+  using Flash = FlashForward<Arch, T, kHeadDim, kChange, kPlaces, kPlain>;
   using Tile = typename Flash::Tile;
   constexpr bool kRotates = Flash::kRotates, kInTurn = Flash::kInTurn;
   using Product = Mma<Arch, T>;
@@ -200,7 +208,8 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
   const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
   bool is_mixed = false;  // a bool mask is known to leave no tile out, and none as it is
-  constexpr bool kKnowsMixed = Flash::kBool && !(kHeadDim == 128 && kChip > 80 && kChip < 90);  // where it spills
+  constexpr bool kKnowsMixed =
+      Flash::kBool && !(kHeadDim == 128 && kChip > (kPlain ? 75 : 80) && kChip < 90);  // where it spills
   const auto next_tile = [&](int tile) {
     if constexpr (Flash::kHasMap) {
       if (kKnowsMixed && is_mixed) return tile;
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
 
   using QueryStream = TileStream<typename Flash::QueryTile, kThreads, InOrder, kHeadDim>;
   const uint64_t query_row = Tile::kStreamsQuery ? QueryStream::first_row(p.query, batch, head, p.E) : 0;
-  if (query_row != 0) {
+  if ((kPlain && Tile::kStreamsQuery) || query_row != 0) {
     QueryStream::fill(query_tile, query_row, static_cast<int>(p.query.stride[2] * 2), q0, range.L,
                       static_cast<int>(p.E), true);
   } else {
@@ -238,7 +247,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   }
   const int first_tile = next_tile(0);
   if (first_tile * kKeyTile < key_end) {
-    if (Flash::kHasPlace && place.streams()) {
+    if (kPlain || (Flash::kHasPlace && place.streams())) {
       stream_keys(first_tile, 0, true);
       if constexpr (Flash::kStages == 2) stream_values(first_tile, 0, true);
     } else {
@@ -316,7 +325,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     const auto key_stage = [&] { return kRotates ? place_of(0) : stage; };
     const auto value_stage = [&] { return kRotates ? place_of(1) : stage; };
     const auto next_key_stage = [&] { return kRotates ? place_of(2) : kInTurn ? 0 : stage ^ 1; };
-    const bool streams = Flash::kHasPlace && place.streams();
+    const bool streams = kPlain || (Flash::kHasPlace && place.streams());
     next = next_tile(tile + 1);
     const bool next_passes = Flash::kPadding && map.all(next);
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
@@ -516,6 +525,18 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
   // O and LSE.
   if constexpr (Flash::kHasPlace) batch = place.batch(), head = place.head();
   const int warp_row = q0 + warp * Flash::kWarpRows;
+  if constexpr (kPlain) {
+    float factors[kRowBlocks][2];
+    write_statistics(factors, softmax, p, batch * heads + head, warp_row);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowBlocks && kChange != ScoreChange::kNone; ++i) {
+      factors[i / 2][i % 2] *= dropout.rescale;  // 1 without dropout
+    }
+    const auto row_block = [&](int m) { return warp_block + m; };
+    write_output<T>(output, factors, query_tile, row_block, p, Stream::first_row(p.output, batch, head, p.Ev),
+                    warp_row);
+    return;
+  }
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -541,6 +562,14 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>
 cudaError_t launch_with_places(const ForwardParams& p, cudaStream_t stream) {
+  // At 128 columns without a mask it spills, nor is it wanted: other kernels take nearly all such calls.
+  constexpr bool kHasMask = kChange != ScoreChange::kNone && kChange != ScoreChange::kDropout;
+  if constexpr (Arch::kAsyncCopy && (kHeadDim <= 96 || (kHeadDim == 128 && kHasMask))) {
+    if (has_whole_chunks(p)) {
+      return launch_flash_forward<FlashForward<Arch, T, kHeadDim, kChange, kPlaces, true>,
+                                  flash_forward_kernel<Arch, T, kHeadDim, kChange, kPlaces, true>, T>(p, stream);
+    }
+  }
   return launch_flash_forward<FlashForward<Arch, T, kHeadDim, kChange, kPlaces>,
                               flash_forward_kernel<Arch, T, kHeadDim, kChange, kPlaces>, T>(p, stream);
 }

@@ -43,9 +43,10 @@ struct FlashForwardRing {
   using Barrier = SharedBarrier<Arch>;
   static constexpr int kBarrierOffset = QueryTile::kBytes + 2 * kStages * KeyTile::kBytes;
   static constexpr int kPlaceOffset = kBarrierOffset + 2 * kStages * Barrier::kBytes;
-  static constexpr int kMapOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
+  static constexpr int kListOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
   using MaskTile = PaddingTile<kKeyTile>;
-  static constexpr int kMaskOffset = kMapOffset + (kPadding ? TileMap::kBytes : 0);
+  static constexpr int kMaskOffset = kListOffset + (kPadding ? TileList::kBytes : 0);
+  static_assert(TileMap::kBytes <= KeyTile::kBytes);
   static constexpr int kSharedBytes = kMaskOffset + (kPadding ? kStages * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= 163 * 1024);
 };
@@ -91,26 +92,26 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::
   if (Flash::kHasPlace && threadIdx.x == 0) place.put(own_key_row, own_value_row, batch, head, key_head);
   const auto key_row = [&] { return Flash::kRowsInPlace ? place.key_row() : own_key_row; };
   const auto value_row = [&] { return Flash::kRowsInPlace ? place.value_row() : own_value_row; };
-  // The first tile from this one on that has a key to attend to, as far as that is cheap to know.
-  const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::kMapOffset)};
   const auto mask_tile = [&](int stage) {
     return typename Flash::MaskTile{base + Flash::kMaskOffset + stage * Flash::MaskTile::kBytes};
   };
-  // With the lowest bit set if all its keys have one.
-  const auto next_key = [&](int k0) {
+  // First keys of tiles, of padding with the lowest bit set if all the tile's keys take part.
+  const TileList list{base + Flash::kListOffset};
+  const auto first_key = [](int tile) { return kPadding ? tile & -kKeyTile : tile; };
+  const auto next_tile = [&](int tile, int number) {
     if constexpr (kPadding) {
-      while (k0 < key_end && !map.any(k0 / kKeyTile)) k0 += kKeyTile;
-      return k0 + (k0 < key_end && map.all(k0 / kKeyTile));
+      const uint32_t step = list.step(number);
+      return first_key(tile) + static_cast<int>(step / 2 * kKeyTile + step % 2);
     } else {
-      return k0;
+      return tile + kKeyTile;
     }
   };
-  const auto first_key = [](int next) { return kPadding ? next & -kKeyTile : next; };
   if constexpr (kPadding) {
+    const TileMap map{reinterpret_cast<uint16_t*>(shared + Flash::QueryTile::kBytes)};  // where keys come later
     map.template fill<Flash::kThreads, kKeyTile>(p, batch, head);
-  } else {
-    __syncthreads();
+    if (threadIdx.x < 32) list.make(map, (range.S + kKeyTile - 1) / kKeyTile);
   }
+  __syncthreads();
 
   const int warp = threadIdx.x / 32;
   const int warp_block = warp * kRowBlocks;  // of 16 rows, in the query tile
@@ -136,14 +137,14 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::
                            Stream::first_row(p.query, batch, head, p.E), static_cast<int>(p.query.stride[2] * 2),
                            warp_row, range.L, static_cast<int>(p.E));
   cp_async_end_group();
-  // The tiles that are on their way, and the next one to be copied.
-  int on_way[Flash::kAhead], ahead = next_key(0);
+  // The tiles that are on their way, and the next one to be copied, the number-th.
+  int on_way[Flash::kAhead], ahead = next_tile(-kKeyTile, 0), number = Flash::kAhead;
 #pragma unroll
   for (int stage = 0; stage < Flash::kAhead; ++stage) {
     stream_keys(first_key(ahead), stage);
     stream_values(first_key(ahead), stage, first_key(ahead) == ahead);
     on_way[stage] = ahead;
-    ahead = next_key(first_key(ahead) + kKeyTile);
+    ahead = next_tile(ahead, stage + 1);
   }
   cp_async_end_group();
   cp_async_wait_groups<1>();
@@ -158,14 +159,10 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::
     const int k0 = first_key(on_way[0]), copied = kPadding ? first_key(ahead) : k0 + Flash::kAhead * kKeyTile;
     const bool needs_mask = kPadding && k0 == on_way[0];
     [[maybe_unused]] int after = 0;
-    if constexpr (kPadding) {
-      free(next_stage).wait(next_parity);
-      full(stage).wait(parity);
-    } else {  // one after the other they would take twice as long
-      const bool is_free = free(next_stage).test(next_parity), is_full = full(stage).test(parity);
-      if (!is_free) free(next_stage).wait(next_parity);
-      if (!is_full) full(stage).wait(parity);
-    }
+    // One after the other the answers would take twice as long.
+    const bool is_free = free(next_stage).test(next_parity), is_full = full(stage).test(parity);
+    if (!is_free) free(next_stage).wait(next_parity);
+    if (!is_full) full(stage).wait(parity);
     const KeyTile keys = key_tile(stage), values = value_tile(stage);
 
     float scores[kRowBlocks][kKeyTile / 8][4] = {};
@@ -178,7 +175,7 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::
         [&](int k) {
           if (k == Flash::kKeysAfter) stream_keys(copied, next_stage);
           if (k == Flash::kValuesAfter) stream_values(copied, next_stage, kPadding && copied == ahead);
-          if (kPadding && k == Flash::kValuesAfter) after = next_key(copied + kKeyTile);
+          if (kPadding && k == Flash::kValuesAfter) after = next_tile(ahead, ++number);
         });
     if constexpr (kPadding) {
       if (needs_mask) mask_tile(stage).apply(scores);
