@@ -116,10 +116,14 @@ struct FlashForward {
   using Range = BlockRange<kQueryTile, kKeyTile>;
   using MaskTile = PaddingTile<kKeyTile>;
   static constexpr bool kHasMap = (kPadding || kBool) && Arch::kAsyncCopy;  // elsewhere there is no room
-  static constexpr int kMapOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
+  // Of padding at 64 columns a list, which is the faster. (At 32 it spills, beyond there is no room beside a second
+  // block.) The map that it is made from is where keys come later.
+  static constexpr bool kHasList = kPadding && kHasMap && kHeadDim == 64;
+  static constexpr int kListOffset = QueryTile::kBytes + kPlaces * KeyTile::kBytes;
+  static constexpr int kMapOffset = kHasList ? QueryTile::kBytes : kListOffset;
   static constexpr bool kHasPlace = Arch::kAsyncCopy;  // elsewhere there is no room
   static_assert(kHasPlace || !kPlain);
-  static constexpr int kPlaceOffset = kMapOffset + (kHasMap ? TileMap::kBytes : 0);
+  static constexpr int kPlaceOffset = kListOffset + (kHasList ? TileList::kBytes : kHasMap ? TileMap::kBytes : 0);
   static constexpr int kPaddingOffset = kPlaceOffset + (kHasPlace ? HeadPlace::kBytes : 0);
   static constexpr int kSharedBytes = kPaddingOffset + (kPadding ? 2 * MaskTile::kBytes : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
@@ -242,10 +246,23 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     query_tile.template fill<kThreads>(HeadRows<const T>(p.query, batch, head, p.L, p.E), q0);
   }
   if constexpr (Flash::kPadding && Flash::kHasMap) map.template fill<kThreads, kKeyTile>(p, batch, head);
+  const TileList list{base + Flash::kListOffset};
+  if constexpr (Flash::kHasList) {
+    if (threadIdx.x < 32) list.make(map, (range.S + kKeyTile - 1) / kKeyTile);
+    __syncthreads();
+  }
   if constexpr (Flash::kBool && Flash::kHasMap) {
     is_mixed = map.template fill<kThreads, kKeyTile, Flash::kQueryTile>(p, batch, head, q0);
   }
-  const int first_tile = next_tile(0);
+  int listed = 0;
+  const auto next_listed = [&](int tile, bool& takes_all) {
+    const uint32_t step = list.step(listed++);
+    takes_all = step % 2 != 0;
+    return tile + static_cast<int>(step / 2);
+  };
+  bool listed_passes = false;
+  const int first_tile = Flash::kHasList ? next_listed(-1, listed_passes) : next_tile(0);
+  const auto first_passes = [&] { return Flash::kHasList ? listed_passes : Flash::kPadding && map.all(first_tile); };
   if (first_tile * kKeyTile < key_end) {
     if (kPlain || (Flash::kHasPlace && place.streams())) {
       stream_keys(first_tile, 0, true);
@@ -253,7 +270,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     } else {
       fetch(first_tile, 0);
     }
-    fetch_mask(first_tile, 0, Flash::kPadding && map.all(first_tile));
+    fetch_mask(first_tile, 0, first_passes());
   }
   wait_for_copies<Arch>();
   __syncthreads();
@@ -289,7 +306,7 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     }
   };
   bool passes = false;  // the mask is known not to touch this tile
-  if constexpr (Flash::kPadding) passes = map.all(first_tile);
+  if constexpr (Flash::kPadding) passes = first_passes();
   if constexpr (Flash::kBool) {
     passes = passes_all(first_tile);
     bool_mask.fetch(p, batch, head, first_row(), first_key(first_tile, 0));
@@ -326,8 +343,9 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     const auto value_stage = [&] { return kRotates ? place_of(1) : stage; };
     const auto next_key_stage = [&] { return kRotates ? place_of(2) : kInTurn ? 0 : stage ^ 1; };
     const bool streams = kPlain || (Flash::kHasPlace && place.streams());
-    next = next_tile(tile + 1);
-    const bool next_passes = Flash::kPadding && map.all(next);
+    bool next_passes = false;
+    next = Flash::kHasList ? next_listed(tile, next_passes) : next_tile(tile + 1);
+    if constexpr (Flash::kPadding && !Flash::kHasList) next_passes = map.all(next);
     // This tile has landed, and every warp is done with the one before, whose stage is filled next.
     wait_for_copies<Arch>();
     __syncthreads();
