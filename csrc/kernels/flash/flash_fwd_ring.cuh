@@ -159,10 +159,14 @@ __global__ void __launch_bounds__(FlashForwardRing<Arch, T, kHeadDim, kChange>::
     const int k0 = first_key(on_way[0]), copied = kPadding ? first_key(ahead) : k0 + Flash::kAhead * kKeyTile;
     const bool needs_mask = kPadding && k0 == on_way[0];
     [[maybe_unused]] int after = 0;
-    // One after the other the answers would take twice as long.
-    const bool is_free = free(next_stage).test(next_parity), is_full = full(stage).test(parity);
-    if (!is_free) free(next_stage).wait(next_parity);
-    if (!is_full) full(stage).wait(parity);
+    if constexpr (kPadding && kIsBeforeSm90) {  // it spills otherwise
+      free(next_stage).wait(next_parity);
+      full(stage).wait(parity);
+    } else {  // one after the other the answers would take twice as long
+      const bool is_free = free(next_stage).test(next_parity), is_full = full(stage).test(parity);
+      if (!is_free) free(next_stage).wait(next_parity);
+      if (!is_full) full(stage).wait(parity);
+    }
     const KeyTile keys = key_tile(stage), values = value_tile(stage);
 
     float scores[kRowBlocks][kKeyTile / 8][4] = {};
