@@ -240,6 +240,21 @@ def test_blocks_of_many_queries(use_path, dtype, head_dim, kind):
     check(FLASH, query, key, value, mask, is_causal="causal" in kind, dropout_p=dropout_p, enable_gqa=True)
 
 
+@pytest.mark.parametrize("S", [9000, 150_000])
+@pytest.mark.parametrize("head_dim, heads", [(64, 2), (128, 140)])
+def test_padding_with_keys_far_apart(use_path, head_dim, heads, S):
+    """More tiles are hidden in a row than a step in the kernels' list of tiles takes, and are there than it holds."""
+    use_path(FLASH, 80, "bfloat16", 80)
+    query, key, value = (
+        make(1, h, n, head_dim, dtype=torch.bfloat16, device="cuda", grad=False)
+        for h, n in ((heads, 20), (1, S), (1, S))
+    )
+    mask = torch.zeros(1, 1, 1, S, dtype=torch.bool, device="cuda")
+    for seen in (slice(70, 80), slice(8900, 8990), slice(149_000, 149_100)):
+        mask[..., seen] = True
+    check(FLASH, query, key, value, mask, enable_gqa=True)
+
+
 SMALL_DECODE_CALLS = [  # where there is no room for flash's large blocks, or so many heads that all do not run at once
     pytest.param(dtype, call, id=f"{dtype}-{name_of(call)}")
     for dtype in ("float16", "bfloat16")

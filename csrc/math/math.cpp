@@ -17,6 +17,8 @@
 #include "attn/softmax_rows.h"
 #endif
 
+#include "math/cpu_softmax.h"
+
 namespace sdpa {
 namespace {
 
@@ -51,21 +53,23 @@ struct Shape {
         key_heads(c.key.size(1)) {}
 };
 
-// Whether the softmax is our own kernel's, in place, rather than ATen's.
-bool has_row_kernel(const Tensor& t) {
+// Whether the softmax is our own, in place, rather than ATen's.
+bool has_own_softmax(const Tensor& t) {
+  if (t.scalar_type() == at::kDouble) return false;
+  if (t.is_cpu()) return true;
 #if defined(SDPA_WITH_CUDA)
-  return t.is_cuda() && t.scalar_type() != at::kDouble && softmax_rows_runs_here();
+  return t.is_cuda() && softmax_rows_runs_here();
 #else
-  static_cast<void>(t);
   return false;
 #endif
 }
 
 // What is held of each score at one time: scores, which become probabilities, and in the backward, but for a softmax
-// within the products, the gradients of these, which become those of the scores. Besides, with our row kernel the
-// latter in 16 bits for the gradient of a mask; without, a byte of dropout and what a GPU multiplies in 16 bits.
-int64_t bytes_per_score(bool row_kernel, bool both, bool mask_grad, bool is_double) {
-  const int64_t more = row_kernel ? (both && mask_grad ? 2 : 0) : 3;
+// within the products, the gradients of these, which become those of the scores. Besides, with our softmax a byte of
+// dropout on a CPU, and on a GPU the latter in 16 bits for the gradient of a mask; without, that byte and what a GPU
+// multiplies in 16 bits.
+int64_t bytes_per_score(bool own_softmax, bool cuda, bool both, bool mask_grad, bool is_double) {
+  const int64_t more = !own_softmax ? 3 : !cuda ? 1 : both && mask_grad ? 2 : 0;
   return (both ? 2 : 1) * (is_double ? 8 : 4) + more;
 }
 
@@ -189,22 +193,6 @@ Tensor unexpanded(Tensor t) {
   }
   return t;
 }
-// The mask as the chunks take it. On the CPU a bool mask that heads share becomes one that is added, once for all
-// heads: to apply a bool mask is not vectorised. Not where a score may be infinite or NaN, which -inf would not
-// replace.
-Tensor chunked_mask(const Call& call) {
-  if (!call.attn_mask.defined()) return Tensor();
-  const Tensor mask = unexpanded(call.attn_mask);
-  const auto type = accumulation_type(call.query);
-  const bool worth_it = mask.scalar_type() == at::kBool && mask.is_cpu() && mask.size(1) < call.query.size(1) &&
-                        mask.numel() * static_cast<int64_t>(c10::elementSize(type)) <= scratch_limit.load() / 4;
-  if (!worth_it) return mask;
-  const auto largest = [](const Tensor& t) { return t.numel() == 0 ? 0 : t.abs().amax().item<double>(); };
-  const double bound = largest(call.query) * largest(call.key) * static_cast<double>(call.query.size(3));
-  constexpr double kFarFromInfinity = 1e30;
-  if (!(bound * std::max(1.0, std::abs(call.scale)) < kFarFromInfinity)) return mask;
-  return at::zeros(mask.sizes(), mask.options().dtype(type)).masked_fill_(mask.logical_not(), kNegInf);
-}
 Tensor mask_chunk(const Tensor& mask, const Chunk& c, int64_t group) {
   const auto cut = [&](Tensor t, int64_t dim, int64_t start, int64_t size) {
     return t.size(dim) == 1 ? t : t.narrow(dim, start, size);
@@ -276,10 +264,24 @@ Tensor product(const Tensor& a, const Tensor& b, double scale) {
   return out;
 }
 
-// In memory that is used again for every set of rows: pages that are fresh each time are most of a product's time.
-Tensor product_in(const Tensor& memory, const Tensor& a, const Tensor& b, double scale) {
-  const Tensor out = memory.narrow(0, 0, a.size(0) * a.size(1) * b.size(2)).view({a.size(0), a.size(1), b.size(2)});
-  multiply(out, a, b, scale);
+// From one row of scores to the next, where the softmax is our own.
+int64_t pitch_of(bool cuda, int64_t columns) {
+#if defined(SDPA_WITH_CUDA)
+  const int64_t step = cuda ? SoftmaxRows::kPitchStep : CpuSoftmax::kPitchStep;
+#else
+  static_cast<void>(cuda);
+  constexpr int64_t step = CpuSoftmax::kPitchStep;
+#endif
+  return (columns + step - 1) / step * step;
+}
+// Scores in memory that is used again for every set of rows: pages that are fresh each time are most of a product's
+// time. Without such memory it is new. The rows are `pitch` long, of which the product is the first columns.
+Tensor product_in(const Tensor& memory, const Tensor& a, const Tensor& b, double scale, int64_t pitch) {
+  const int64_t count = a.size(0) * a.size(1) * pitch;
+  const Tensor all =
+      memory.defined() ? memory.narrow(0, 0, count) : at::empty({count}, a.options().dtype(accumulation_type(a)));
+  const Tensor out = all.view({a.size(0), a.size(1), pitch});
+  multiply(out.narrow(2, 0, b.size(2)), a, b, scale);
   return out;
 }
 
@@ -291,7 +293,8 @@ at::ScalarType product_type(const Tensor& t) {
 // For the scores of a set of heads' rows, as many as are taken at one time.
 Tensor memory_for(Tensor& memory, const Call& call, const Chunk& c) {
   const int64_t group = call.query.size(1) / call.key.size(1);
-  const int64_t count = c.batches * c.key_heads * group * c.rows * c.columns;
+  const int64_t pitch = has_own_softmax(call.query) ? pitch_of(false, c.columns) : c.columns;
+  const int64_t count = c.batches * c.key_heads * group * c.rows * pitch;
   if (!memory.defined() || memory.numel() < count) {
     memory = at::empty({count}, call.query.options().dtype(accumulation_type(call.query)));
   }
@@ -325,6 +328,46 @@ Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
       .narrow(3, 0, c.columns);
 }
 
+// grad_mask, if defined: the chunk's part, not broadcast. Returns whether some row has nothing to attend to.
+bool softmax_on_cpu(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
+                    const Tensor& grad_probs, const Tensor& grad_mask, const Tensor& logsumexp) {
+  CpuSoftmax rows;
+  rows.batches = c.batches, rows.heads = c.key_heads * shape.group, rows.rows = c.rows;
+  rows.columns = c.columns, rows.pitch = scores.size(2);
+  rows.scores = scores.data_ptr<float>();
+  if (grad_probs.defined()) rows.grad_probs = grad_probs.data_ptr<float>();
+  if (grad_mask.defined()) {
+    rows.grad_mask = grad_mask.data_ptr<float>();
+    for (int d = 0; d < 3; ++d) rows.grad_mask_stride[d] = grad_mask.stride(d);
+  }
+  if (call.is_causal) rows.diagonal = c.row;
+  Tensor mask, keep;
+  if (call.attn_mask.defined()) {
+    mask = mask_chunk(unexpanded(call.attn_mask), c, shape.group);
+    if (mask.scalar_type() != at::kBool) mask = mask.to(at::kFloat);
+    if (mask.size(3) != c.columns || mask.stride(3) != 1) {
+      mask = mask.expand({mask.size(0), mask.size(1), mask.size(2), c.columns}).contiguous();
+    }
+    for (int d = 0; d < 3; ++d) rows.mask_stride[d] = mask.size(d) == 1 ? 0 : mask.stride(d);
+    if (mask.scalar_type() == at::kBool) {
+      rows.takes_part = reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
+    } else {
+      rows.bias = mask.const_data_ptr<float>();
+    }
+  }
+  if (call.dropout_p > 0) {
+    keep = keep_of(call, c, shape);
+    rows.keep = keep.const_data_ptr<uint8_t>();
+    rows.keep_pitch = shape.S;
+  }
+  if (logsumexp.defined()) {
+    const Tensor part = query_view(logsumexp.unsqueeze(3), c, shape.group);
+    rows.logsumexp = part.data_ptr<float>();
+    for (int d = 0; d < 3; ++d) rows.logsumexp_stride[d] = part.stride(d);
+  }
+  return softmax_on_cpu(rows);
+}
+
 // A chunk's softmax in the backward, within its products: E = exp(scores - logsumexp), which is P but for a factor of
 // the row, what rounding took from the logsumexp. grad_out is divided by the row's sum of E instead, so that
 // dV = E^T grad_out and dS = E * (grad_out V^T - delta), delta = rowsum(grad_out * output).
@@ -336,21 +379,8 @@ struct ProductSoftmax {
 
 #if defined(SDPA_WITH_CUDA)
 
-// Memory for a @ b as the row kernel takes scores: (heads, rows, columns padded to its step).
-Tensor padded_memory(const Tensor& a, const Tensor& b) {
-  constexpr int64_t kStep = SoftmaxRows::kPitchStep;
-  const int64_t pitch = (b.size(2) + kStep - 1) / kStep * kStep;
-  return at::empty({a.size(0), a.size(1), pitch}, a.options().dtype(at::kFloat));
-}
-Tensor padded_product(const Tensor& a, const Tensor& b, double scale) {
-  const Tensor out = padded_memory(a, b);
-  multiply(out.narrow(2, 0, b.size(2)), a, b, scale);
-  return out;
-}
-
-// The softmax of a chunk's padded scores, in place, and of grad_probs, if defined, its derivative.
-void softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
-                      const Tensor& grad_probs, at::ScalarType grad_type, const Tensor& logsumexp) {
+void softmax_on_gpu(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
+                    const Tensor& grad_probs, at::ScalarType grad_type, const Tensor& logsumexp) {
   SoftmaxRows params;
   fill(params, call);
   params.S = c.columns;
@@ -373,18 +403,14 @@ void softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, cons
   C10_CUDA_CHECK(softmax_rows(params, c10::cuda::getCurrentCUDAStream()));
 }
 
-// What softmax_in_place leaves: elements of this type at the start of each row.
-Tensor in_place_result(const Tensor& padded, at::ScalarType type, int64_t columns) {
-  return padded.view(type).narrow(2, 0, columns);
-}
-
 // query and k: (heads, rows or columns, E); grad_output, output (.., Ev) and logsumexp (.., 1): views of 4 dims.
 ProductSoftmax product_softmax(const Tensor& query, const Tensor& k, double scale, const Tensor& grad_output,
                                const Tensor& output, const Tensor& logsumexp) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t heads = query.size(0), rows = query.size(1), columns = k.size(1);
   const int64_t sum_columns = (columns + Float32Product::kSumCols - 1) / Float32Product::kSumCols;
-  const Tensor row_lse = logsumexp.contiguous(), keys = k.transpose(1, 2), memory = padded_memory(query, keys);
+  const Tensor row_lse = logsumexp.contiguous(), keys = k.transpose(1, 2),
+               memory = at::empty({heads, rows, pitch_of(true, columns)}, query.options());
   const Tensor sums = at::empty({heads, sum_columns, rows}, memory.options());
   Float32Product product = float32_product_of(memory, query, keys, scale);
   product.result = ProductResult::kExponentials;
@@ -416,6 +442,24 @@ Tensor in_place_gradients(const ProductSoftmax& softmax, const Tensor& v) {
 }
 
 #endif
+
+// The softmax of a chunk's scores as product_in leaves them, in place, and of grad_probs, if defined, its derivative,
+// which on a CPU is added to grad_mask, if defined. Returns whether some row is known to have nothing to attend to.
+bool softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
+                      const Tensor& grad_probs, [[maybe_unused]] at::ScalarType grad_type, const Tensor& grad_mask,
+                      const Tensor& logsumexp) {
+#if defined(SDPA_WITH_CUDA)
+  if (scores.is_cuda()) {
+    softmax_on_gpu(call, c, shape, scores, grad_probs, grad_type, logsumexp);
+    return false;
+  }
+#endif
+  return softmax_on_cpu(call, c, shape, scores, grad_probs, grad_mask, logsumexp);
+}
+// What it leaves: elements of this type at the start of each row.
+Tensor in_place_result(const Tensor& padded, at::ScalarType type, int64_t columns) {
+  return padded.view(type).narrow(2, 0, columns);
+}
 
 // Whether the backward's softmax is within its products, for so many rows of a head's: then of each score memory holds
 // one number, not two, and these are not read and written once more. Only where the forward's scores are products of
@@ -452,14 +496,14 @@ void set_math_scratch_limit(int64_t bytes) {
 }
 
 int64_t math_scratch_bytes(const Problem& p) {
+  const bool cuda = p.device_type == DeviceType::kCUDA, is_double = p.dtype == DType::kFloat64;
 #if defined(SDPA_WITH_CUDA)
-  const bool row_kernel = p.device_type == DeviceType::kCUDA && p.dtype != DType::kFloat64;
+  const bool own_softmax = !is_double;
 #else
-  const bool row_kernel = false;
+  const bool own_softmax = !is_double && !cuda;
 #endif
-  const int64_t per_score = bytes_per_score(row_kernel, p.grad_wanted, p.mask_grad_wanted, p.dtype == DType::kFloat64);
+  const int64_t per_score = bytes_per_score(own_softmax, cuda, p.grad_wanted, p.mask_grad_wanted, is_double);
   const int64_t one_row = std::max<int64_t>(1, p.key_heads == 0 ? 1 : p.H / p.key_heads) * p.S;
-  const bool cuda = p.device_type == DeviceType::kCUDA;
   const int64_t workers = workers_for(cuda, p.B * p.key_heads, one_row * per_score);
   const int64_t budget = std::max(chunk_scores(cuda, workers, per_score), one_row);
   return std::min(p.B * p.H * p.L * p.S, workers * budget) * per_score;
@@ -468,47 +512,55 @@ int64_t math_scratch_bytes(const Problem& p) {
 void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Shape shape(call);
   const auto type = product_type(call.query);
-  const Tensor mask = chunked_mask(call);
-  const bool row_kernel = has_row_kernel(call.query);
+  const bool cuda = call.query.is_cuda(), own_softmax = has_own_softmax(call.query);
+  const bool has_mask = call.attn_mask.defined();
+  const Tensor mask = has_mask ? unexpanded(call.attn_mask) : Tensor();
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-  const int64_t score_bytes = bytes_per_score(row_kernel, false, false, type == at::kDouble);
+  const int64_t score_bytes = bytes_per_score(own_softmax, cuda, false, false, type == at::kDouble);
+  // On a CPU the rows with nothing to attend to are looked for where nobody wants the LSE, too.
+  const bool wants_lse = logsumexp.defined() || (own_softmax && !cuda && has_mask);
+  const Tensor lse = logsumexp.defined() || !wants_lse
+                         ? logsumexp
+                         : at::empty({shape.B, shape.H, shape.L}, call.query.options().dtype(at::kFloat));
   for_chunks(call, score_bytes, {}, [&](Scratch& scratch, const Chunk& all_rows, const auto& for_rows) {
     const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
-    const Tensor memory = row_kernel ? Tensor() : memory_for(scratch.scores, call, all_rows);
+    const Tensor memory = own_softmax && cuda ? Tensor() : memory_for(scratch.scores, call, all_rows);
     for_rows([&](const Chunk& c) {
       const int64_t heads = c.batches * c.key_heads, rows = shape.group * c.rows;
       const Tensor query = query_side(call.query, c, shape.group).to(type);
       const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-      Tensor probs, highest;
-      if (row_kernel) {
-#if defined(SDPA_WITH_CUDA)
-        const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
-        softmax_in_place(call, c, shape, scores, Tensor(), type, logsumexp);
+      const int64_t pitch = own_softmax ? pitch_of(cuda, c.columns) : c.columns;
+      const Tensor scores = product_in(memory, query, k.transpose(1, 2), call.scale, pitch);
+      Tensor probs, empty;  // rows with nothing to attend to, if there may be some
+      if (own_softmax) {
+        if (softmax_in_place(call, c, shape, scores, Tensor(), type, Tensor(), lse)) {
+          empty = query_view(lse.unsqueeze(3), c, shape.group) == kNegInf;
+        }
         probs = in_place_result(scores, type, c.columns);
-#endif
       } else {
-        probs = product_in(memory, query, k.transpose(1, 2), call.scale)
-                    .view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
+        probs = scores.view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
         mask_scores(call, mask, c, probs, shape.group);
-        if (mask.defined() || logsumexp.defined()) highest = probs.amax(-1, /*keepdim=*/true);
+        Tensor highest;
+        if (has_mask || logsumexp.defined()) highest = probs.amax(-1, /*keepdim=*/true);
+        if (has_mask) empty = highest == kNegInf;
         at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
         if (logsumexp.defined()) {
           // The probability of the highest score is 1 / sum(exp(scores - highest)).
-          Tensor lse = highest - probs.amax(-1, true).log();
-          if (mask.defined()) lse.masked_fill_(highest == kNegInf, kNegInf);
-          query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(lse);
+          Tensor of_rows = highest - probs.amax(-1, true).log();
+          if (has_mask) of_rows.masked_fill_(empty, kNegInf);
+          query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(of_rows);
         }
         if (call.dropout_p > 0) probs.mul_(keep_of(call, c, shape));
         probs = probs.view({heads, rows, c.columns}).to(type);
       }
-      const Tensor target = query_view(output, c, shape.group);
+      Tensor target = query_view(output, c, shape.group);
       if (const Tensor straight = direct(target, heads, accumulation_type(call.query)); straight.defined()) {
         multiply(straight, probs, v, rescale);
-        if (mask.defined() && !row_kernel) Tensor(target).masked_fill_(highest == kNegInf, 0);
+        if (empty.defined()) target.masked_fill_(empty, 0);
         return;
       }
       Tensor out = product(probs, v, rescale).view(target.sizes());
-      if (mask.defined() && !row_kernel) out.masked_fill_(highest == kNegInf, 0);
+      if (empty.defined()) out.masked_fill_(empty, 0);
       target.copy_(out);
     });
   });
@@ -519,21 +571,21 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
   const Shape shape(call);
   const auto type = product_type(call.query);
   const auto sum_type = accumulation_type(call.query);
-  const Tensor mask = chunked_mask(call);
+  const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const bool row_kernel = has_row_kernel(call.query);
+  const bool cuda = call.query.is_cuda(), own_softmax = has_own_softmax(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   // A look at all rows costs less than two passes over the gradients of a chunk.
-  Tensor empty_rows = mask.defined() && !row_kernel ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  Tensor empty_rows = mask.defined() && !(own_softmax && cuda) ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
-  const int64_t score_bytes = bytes_per_score(row_kernel, !has_product_softmax(call, shape.group * shape.L),
+  const int64_t score_bytes = bytes_per_score(own_softmax, cuda, !has_product_softmax(call, shape.group * shape.L),
                                               grads.mask.defined(), type == at::kDouble);
   Independent independent;
   if (grad_mask.defined()) independent = {grad_mask.size(0) == shape.B, grad_mask.size(1) == shape.H};
   for_chunks(call, score_bytes, independent, [&](Scratch& scratch, const Chunk& all_rows, const auto& for_rows) {
     const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
-    const Tensor memory = row_kernel ? Tensor() : memory_for(scratch.scores, call, all_rows);
-    const Tensor grad_memory = row_kernel ? Tensor() : memory_for(scratch.grads, call, all_rows);
+    const Tensor memory = own_softmax && cuda ? Tensor() : memory_for(scratch.scores, call, all_rows);
+    const Tensor grad_memory = own_softmax && cuda ? Tensor() : memory_for(scratch.grads, call, all_rows);
     Tensor grad_key, grad_value;
     for_rows([&](const Chunk& c) {
       const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
@@ -543,7 +595,7 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
       Tensor grad_out = in_products ? Tensor() : query_side(grad_output, c, group).to(type);
       const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
       // Of shape (heads, rows, columns). The mask's gradient wants those of the scores unrounded.
-      Tensor probs, grad_scores;
+      Tensor probs, grad_scores, own_grad_mask;  // the latter where it has been added to
       const auto grad_type = grad_mask.defined() ? sum_type : type;
       ProductSoftmax softmax;
       if (in_products) {
@@ -552,33 +604,35 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
                                   query_view(logsumexp.unsqueeze(3), c, group));
         probs = softmax.exponentials, grad_out = softmax.grad_out;
 #endif
-      } else if (row_kernel) {
-#if defined(SDPA_WITH_CUDA)
-        const Tensor scores = padded_product(query, k.transpose(1, 2), call.scale);
-        const Tensor grad_probs = padded_product(grad_out, v.transpose(1, 2), rescale);
-        softmax_in_place(call, c, shape, scores, grad_probs, grad_type, Tensor());
-        probs = in_place_result(scores, type, c.columns);
-        grad_scores = in_place_result(grad_probs, grad_type, c.columns);
-#endif
       } else {
-        probs = product_in(memory, query, k.transpose(1, 2), call.scale).view(four_dims);
-        mask_scores(call, mask, c, probs, group);
-        if (empty_rows.defined()) {
+        const Tensor empty = empty_rows.defined() ? query_view(empty_rows, c, group) : Tensor();
+        if (empty.defined()) grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
+        const int64_t pitch = own_softmax ? pitch_of(cuda, c.columns) : c.columns;
+        const Tensor scores = product_in(memory, query, k.transpose(1, 2), call.scale, pitch);
+        const Tensor grad_probs = product_in(grad_memory, grad_out, v.transpose(1, 2), rescale, pitch);
+        if (own_softmax) {
+          if (grad_mask.defined() && !cuda) {
+            const Tensor part = mask_chunk(grad_mask, c, group);
+            if (part.sizes() == at::IntArrayRef(four_dims) && part.stride(3) == 1) own_grad_mask = part;
+          }
+          softmax_in_place(call, c, shape, scores, grad_probs, grad_type, own_grad_mask, Tensor());
+          probs = in_place_result(scores, type, c.columns);
+          grad_scores = in_place_result(grad_probs, grad_type, c.columns);
+        } else {
+          probs = scores.view(four_dims), grad_scores = grad_probs.view(four_dims);
+          mask_scores(call, mask, c, probs, group);
           // A row with nothing to attend to gets a score, so that no NaN enters, and no gradient.
-          const Tensor empty = query_view(empty_rows, c, group);
-          probs.narrow(3, 0, 1).masked_fill_(empty, 0);
-          grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
+          if (empty.defined()) probs.narrow(3, 0, 1).masked_fill_(empty, 0);
+          // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of
+          // the logsumexp would be an error of every probability.
+          at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
+          const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
+          if (keep.defined()) grad_scores.mul_(keep);
+          at::_softmax_backward_data_out(grad_scores, grad_scores, probs, -1, probs.scalar_type());
+          if (keep.defined()) probs.mul_(keep);
+          probs = probs.view({heads, rows, c.columns}).to(type);
+          grad_scores = grad_scores.view({heads, rows, c.columns}).to(grad_type);
         }
-        // Not exp(scores - logsumexp): beside scores of 1e4, or a mask of the lowest finite value, the rounding of
-        // the logsumexp would be an error of every probability.
-        at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
-        const Tensor keep = call.dropout_p > 0 ? keep_of(call, c, shape) : Tensor();
-        grad_scores = product_in(grad_memory, grad_out, v.transpose(1, 2), rescale).view(four_dims);
-        if (keep.defined()) grad_scores.mul_(keep);
-        at::_softmax_backward_data_out(grad_scores, grad_scores, probs, -1, probs.scalar_type());
-        if (keep.defined()) probs.mul_(keep);
-        probs = probs.view({heads, rows, c.columns}).to(type);
-        grad_scores = grad_scores.view({heads, rows, c.columns}).to(grad_type);
       }
       // sum += scale * a @ b, where sum has a row for each key; what the first rows give need not be added to zeros.
       const auto accumulate = [&](Tensor& sum, const Tensor& target, const Tensor& a, const Tensor& b, double scale) {
@@ -601,7 +655,7 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
 #endif
       }
       probs.reset();
-      if (grad_mask.defined()) {
+      if (grad_mask.defined() && !own_grad_mask.defined()) {
         Tensor part = mask_chunk(grad_mask, c, group);
         const Tensor whole = grad_scores.view(four_dims);
         std::vector<int64_t> summed;
