@@ -39,6 +39,18 @@ inline float exponential(float x) {
   return x < -87.3f ? 0.f : sum * power;
 }
 
+// Puts `other` where `takes` is 0. (It must be inlined, or it is not part of the clones.)
+#if defined(__GNUC__)
+__attribute__((always_inline))
+#endif
+inline void choose(float* values, const uint8_t* takes, int64_t count, float other) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = values[i];  // whatever is asked then: loops with conditional loads are not vectorised
+    values[i] = takes[i] != 0 ? x : other;
+  }
+}
+
 struct Row {
   int64_t columns, padded, visible;
   float* scores;
@@ -53,14 +65,7 @@ struct Row {
 SDPA_FOR_EVERY_CPU float softmax_row(const Row& row) {
   float* const scores = row.scores;
   const int64_t visible = row.visible, padded = row.padded;
-  if (row.takes_part != nullptr) {
-    const uint8_t* const takes_part = row.takes_part;
-#pragma omp simd
-    for (int64_t i = 0; i < visible; ++i) {
-      const float x = scores[i];  // read whatever is asked then: loops with conditional loads are not vectorised
-      scores[i] = takes_part[i] != 0 ? x : kNegInf;
-    }
-  }
+  if (row.takes_part != nullptr) choose(scores, row.takes_part, visible, kNegInf);
   if (row.bias != nullptr) {
     const float* const bias = row.bias;
 #pragma omp simd
@@ -88,14 +93,7 @@ SDPA_FOR_EVERY_CPU float softmax_row(const Row& row) {
     for (int64_t i = 0; i < padded; ++i) scores[i] *= factor;
   } else {
     float* const grads = row.grad_probs;
-    if (row.keep != nullptr) {
-      const uint8_t* const keep = row.keep;
-#pragma omp simd
-      for (int64_t i = 0; i < row.columns; ++i) {
-        const float x = grads[i];
-        grads[i] = keep[i] != 0 ? x : 0.f;
-      }
-    }
+    if (row.keep != nullptr) choose(grads, row.keep, row.columns, 0.f);
     // What takes no part is marked by a negative number: its gradient is 0, whatever that of its probability is.
     constexpr float kNoPart = -1.f;
     float weighted = 0.f;
@@ -119,14 +117,7 @@ SDPA_FOR_EVERY_CPU float softmax_row(const Row& row) {
       for (int64_t i = 0; i < row.columns; ++i) grad_mask[i] += grads[i];
     }
   }
-  if (row.keep != nullptr) {
-    const uint8_t* const keep = row.keep;
-#pragma omp simd
-    for (int64_t i = 0; i < row.columns; ++i) {
-      const float x = scores[i];
-      scores[i] = keep[i] != 0 ? x : 0.f;
-    }
-  }
+  if (row.keep != nullptr) choose(scores, row.keep, row.columns, 0.f);
   return total == 0.f ? kNegInf : highest + std::log(total);
 }
 
