@@ -53,23 +53,24 @@ struct Shape {
         key_heads(c.key.size(1)) {}
 };
 
-// Whether the softmax is our own, in place, rather than ATen's.
-bool has_own_softmax(const Tensor& t) {
-  if (t.scalar_type() == at::kDouble) return false;
-  if (t.is_cpu()) return true;
+// Whose softmax it is: ATen's, or our own, which works in place, on the CPU or as a kernel on a GPU.
+enum class SoftmaxBy { kATen, kCpu, kGpu };
+
+SoftmaxBy softmax_by(const Tensor& t) {
+  if (t.scalar_type() == at::kDouble) return SoftmaxBy::kATen;
+  if (t.is_cpu()) return SoftmaxBy::kCpu;
 #if defined(SDPA_WITH_CUDA)
-  return t.is_cuda() && softmax_rows_runs_here();
-#else
-  return false;
+  if (t.is_cuda() && softmax_rows_runs_here()) return SoftmaxBy::kGpu;
 #endif
+  return SoftmaxBy::kATen;
 }
 
 // What is held of each score at one time: scores, which become probabilities, and in the backward, but for a softmax
 // within the products, the gradients of these, which become those of the scores. Besides, with our softmax a byte of
-// dropout on a CPU, and on a GPU the latter in 16 bits for the gradient of a mask; without, that byte and what a GPU
-// multiplies in 16 bits.
-int64_t bytes_per_score(bool own_softmax, bool cuda, bool both, bool mask_grad, bool is_double) {
-  const int64_t more = !own_softmax ? 3 : !cuda ? 1 : both && mask_grad ? 2 : 0;
+// dropout on a CPU, and on a GPU the latter in 16 bits for the gradient of a mask; with ATen's, that byte and what a
+// GPU multiplies in 16 bits.
+int64_t bytes_per_score(SoftmaxBy by, bool both, bool mask_grad, bool is_double) {
+  const int64_t more = by == SoftmaxBy::kATen ? 3 : by == SoftmaxBy::kCpu ? 1 : both && mask_grad ? 2 : 0;
   return (both ? 2 : 1) * (is_double ? 8 : 4) + more;
 }
 
@@ -264,13 +265,11 @@ Tensor product(const Tensor& a, const Tensor& b, double scale) {
   return out;
 }
 
-// From one row of scores to the next, where the softmax is our own.
-int64_t pitch_of(bool cuda, int64_t columns) {
+// From one row of scores to the next.
+int64_t pitch_of(SoftmaxBy by, int64_t columns) {
+  int64_t step = by == SoftmaxBy::kCpu ? CpuSoftmax::kPitchStep : 1;
 #if defined(SDPA_WITH_CUDA)
-  const int64_t step = cuda ? SoftmaxRows::kPitchStep : CpuSoftmax::kPitchStep;
-#else
-  static_cast<void>(cuda);
-  constexpr int64_t step = CpuSoftmax::kPitchStep;
+  if (by == SoftmaxBy::kGpu) step = SoftmaxRows::kPitchStep;
 #endif
   return (columns + step - 1) / step * step;
 }
@@ -290,11 +289,11 @@ at::ScalarType product_type(const Tensor& t) {
   return t.is_cuda() && low_precision(t) ? t.scalar_type() : accumulation_type(t);
 }
 
-// For the scores of a set of heads' rows, as many as are taken at one time.
-Tensor memory_for(Tensor& memory, const Call& call, const Chunk& c) {
+// For the scores of a set of heads' rows, as many as are taken at one time. Our GPU softmax has new memory each time.
+Tensor memory_for(Tensor& memory, const Call& call, SoftmaxBy by, const Chunk& c) {
+  if (by == SoftmaxBy::kGpu) return Tensor();
   const int64_t group = call.query.size(1) / call.key.size(1);
-  const int64_t pitch = has_own_softmax(call.query) ? pitch_of(false, c.columns) : c.columns;
-  const int64_t count = c.batches * c.key_heads * group * c.rows * pitch;
+  const int64_t count = c.batches * c.key_heads * group * c.rows * pitch_of(by, c.columns);
   if (!memory.defined() || memory.numel() < count) {
     memory = at::empty({count}, call.query.options().dtype(accumulation_type(call.query)));
   }
@@ -329,8 +328,8 @@ Tensor keep_of(const Call& call, const Chunk& c, const Shape& shape) {
 }
 
 // grad_mask, if defined: the chunk's part, not broadcast. Returns whether some row has nothing to attend to.
-bool softmax_on_cpu(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
-                    const Tensor& grad_probs, const Tensor& grad_mask, const Tensor& logsumexp) {
+bool softmax_on_cpu(const Call& call, const Tensor& whole_mask, const Chunk& c, const Shape& shape,
+                    const Tensor& scores, const Tensor& grad_probs, const Tensor& grad_mask, const Tensor& logsumexp) {
   CpuSoftmax rows;
   rows.batches = c.batches, rows.heads = c.key_heads * shape.group, rows.rows = c.rows;
   rows.columns = c.columns, rows.pitch = scores.size(2);
@@ -342,8 +341,8 @@ bool softmax_on_cpu(const Call& call, const Chunk& c, const Shape& shape, const 
   }
   if (call.is_causal) rows.diagonal = c.row;
   Tensor mask, keep;
-  if (call.attn_mask.defined()) {
-    mask = mask_chunk(unexpanded(call.attn_mask), c, shape.group);
+  if (whole_mask.defined()) {
+    mask = mask_chunk(whole_mask, c, shape.group);
     if (mask.scalar_type() != at::kBool) mask = mask.to(at::kFloat);
     if (mask.size(3) != c.columns || mask.stride(3) != 1) {
       mask = mask.expand({mask.size(0), mask.size(1), mask.size(2), c.columns}).contiguous();
@@ -410,7 +409,7 @@ ProductSoftmax product_softmax(const Tensor& query, const Tensor& k, double scal
   const int64_t heads = query.size(0), rows = query.size(1), columns = k.size(1);
   const int64_t sum_columns = (columns + Float32Product::kSumCols - 1) / Float32Product::kSumCols;
   const Tensor row_lse = logsumexp.contiguous(), keys = k.transpose(1, 2),
-               memory = at::empty({heads, rows, pitch_of(true, columns)}, query.options());
+               memory = at::empty({heads, rows, pitch_of(SoftmaxBy::kGpu, columns)}, query.options());
   const Tensor sums = at::empty({heads, sum_columns, rows}, memory.options());
   Float32Product product = float32_product_of(memory, query, keys, scale);
   product.result = ProductResult::kExponentials;
@@ -444,8 +443,9 @@ Tensor in_place_gradients(const ProductSoftmax& softmax, const Tensor& v) {
 #endif
 
 // The softmax of a chunk's scores as product_in leaves them, in place, and of grad_probs, if defined, its derivative,
-// which on a CPU is added to grad_mask, if defined. Returns whether some row is known to have nothing to attend to.
-bool softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, const Tensor& scores,
+// which on a CPU is added to grad_mask, if defined. `mask`: the call's, unexpanded. Returns whether some row is known
+// to have nothing to attend to.
+bool softmax_in_place(const Call& call, const Tensor& mask, const Chunk& c, const Shape& shape, const Tensor& scores,
                       const Tensor& grad_probs, [[maybe_unused]] at::ScalarType grad_type, const Tensor& grad_mask,
                       const Tensor& logsumexp) {
 #if defined(SDPA_WITH_CUDA)
@@ -454,7 +454,7 @@ bool softmax_in_place(const Call& call, const Chunk& c, const Shape& shape, cons
     return false;
   }
 #endif
-  return softmax_on_cpu(call, c, shape, scores, grad_probs, grad_mask, logsumexp);
+  return softmax_on_cpu(call, mask, c, shape, scores, grad_probs, grad_mask, logsumexp);
 }
 // What it leaves: elements of this type at the start of each row.
 Tensor in_place_result(const Tensor& padded, at::ScalarType type, int64_t columns) {
@@ -498,11 +498,12 @@ void set_math_scratch_limit(int64_t bytes) {
 int64_t math_scratch_bytes(const Problem& p) {
   const bool cuda = p.device_type == DeviceType::kCUDA, is_double = p.dtype == DType::kFloat64;
 #if defined(SDPA_WITH_CUDA)
-  const bool own_softmax = !is_double;
+  constexpr auto kOnGpu = SoftmaxBy::kGpu;
 #else
-  const bool own_softmax = !is_double && !cuda;
+  constexpr auto kOnGpu = SoftmaxBy::kATen;
 #endif
-  const int64_t per_score = bytes_per_score(own_softmax, cuda, p.grad_wanted, p.mask_grad_wanted, is_double);
+  const SoftmaxBy by = is_double ? SoftmaxBy::kATen : cuda ? kOnGpu : SoftmaxBy::kCpu;
+  const int64_t per_score = bytes_per_score(by, p.grad_wanted, p.mask_grad_wanted, is_double);
   const int64_t one_row = std::max<int64_t>(1, p.key_heads == 0 ? 1 : p.H / p.key_heads) * p.S;
   const int64_t workers = workers_for(cuda, p.B * p.key_heads, one_row * per_score);
   const int64_t budget = std::max(chunk_scores(cuda, workers, per_score), one_row);
@@ -512,28 +513,27 @@ int64_t math_scratch_bytes(const Problem& p) {
 void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Shape shape(call);
   const auto type = product_type(call.query);
-  const bool cuda = call.query.is_cuda(), own_softmax = has_own_softmax(call.query);
-  const bool has_mask = call.attn_mask.defined();
-  const Tensor mask = has_mask ? unexpanded(call.attn_mask) : Tensor();
+  const SoftmaxBy by = softmax_by(call.query);
+  const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
-  const int64_t score_bytes = bytes_per_score(own_softmax, cuda, false, false, type == at::kDouble);
-  // On a CPU the rows with nothing to attend to are looked for where nobody wants the LSE, too.
-  const bool wants_lse = logsumexp.defined() || (own_softmax && !cuda && has_mask);
-  const Tensor lse = logsumexp.defined() || !wants_lse
-                         ? logsumexp
-                         : at::empty({shape.B, shape.H, shape.L}, call.query.options().dtype(at::kFloat));
+  const int64_t score_bytes = bytes_per_score(by, false, false, type == at::kDouble);
+  // Our CPU softmax tells by the LSE which rows have nothing to attend to, where nobody else wants it, too.
+  Tensor lse = logsumexp;
+  if (by == SoftmaxBy::kCpu && mask.defined() && !lse.defined()) {
+    lse = at::empty({shape.B, shape.H, shape.L}, call.query.options().dtype(at::kFloat));
+  }
   for_chunks(call, score_bytes, {}, [&](Scratch& scratch, const Chunk& all_rows, const auto& for_rows) {
     const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
-    const Tensor memory = own_softmax && cuda ? Tensor() : memory_for(scratch.scores, call, all_rows);
+    const Tensor memory = memory_for(scratch.scores, call, by, all_rows);
     for_rows([&](const Chunk& c) {
       const int64_t heads = c.batches * c.key_heads, rows = shape.group * c.rows;
       const Tensor query = query_side(call.query, c, shape.group).to(type);
       const Tensor k = key.narrow(1, 0, c.columns), v = value.narrow(1, 0, c.columns);
-      const int64_t pitch = own_softmax ? pitch_of(cuda, c.columns) : c.columns;
+      const int64_t pitch = pitch_of(by, c.columns);
       const Tensor scores = product_in(memory, query, k.transpose(1, 2), call.scale, pitch);
       Tensor probs, empty;  // rows with nothing to attend to, if there may be some
-      if (own_softmax) {
-        if (softmax_in_place(call, c, shape, scores, Tensor(), type, Tensor(), lse)) {
+      if (by != SoftmaxBy::kATen) {
+        if (softmax_in_place(call, mask, c, shape, scores, Tensor(), type, Tensor(), lse)) {
           empty = query_view(lse.unsqueeze(3), c, shape.group) == kNegInf;
         }
         probs = in_place_result(scores, type, c.columns);
@@ -541,13 +541,13 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
         probs = scores.view({c.batches, c.key_heads * shape.group, c.rows, c.columns});
         mask_scores(call, mask, c, probs, shape.group);
         Tensor highest;
-        if (has_mask || logsumexp.defined()) highest = probs.amax(-1, /*keepdim=*/true);
-        if (has_mask) empty = highest == kNegInf;
+        if (mask.defined() || logsumexp.defined()) highest = probs.amax(-1, /*keepdim=*/true);
+        if (mask.defined()) empty = highest == kNegInf;
         at::_softmax_out(probs, probs, -1, /*half_to_float=*/false);
         if (logsumexp.defined()) {
           // The probability of the highest score is 1 / sum(exp(scores - highest)).
           Tensor of_rows = highest - probs.amax(-1, true).log();
-          if (has_mask) of_rows.masked_fill_(empty, kNegInf);
+          if (mask.defined()) of_rows.masked_fill_(empty, kNegInf);
           query_view(logsumexp.unsqueeze(3), c, shape.group).copy_(of_rows);
         }
         if (call.dropout_p > 0) probs.mul_(keep_of(call, c, shape));
@@ -573,19 +573,19 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
   const auto sum_type = accumulation_type(call.query);
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   Tensor grad_mask = grads.mask.defined() ? unexpanded(grads.mask) : Tensor();
-  const bool cuda = call.query.is_cuda(), own_softmax = has_own_softmax(call.query);
+  const SoftmaxBy by = softmax_by(call.query);
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   // A look at all rows costs less than two passes over the gradients of a chunk.
-  Tensor empty_rows = mask.defined() && !(own_softmax && cuda) ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
+  Tensor empty_rows = mask.defined() && by != SoftmaxBy::kGpu ? (logsumexp == kNegInf).unsqueeze(3) : Tensor();
   if (empty_rows.defined() && empty_rows.is_cpu() && !empty_rows.any().item<bool>()) empty_rows.reset();
-  const int64_t score_bytes = bytes_per_score(own_softmax, cuda, !has_product_softmax(call, shape.group * shape.L),
-                                              grads.mask.defined(), type == at::kDouble);
+  const int64_t score_bytes =
+      bytes_per_score(by, !has_product_softmax(call, shape.group * shape.L), grads.mask.defined(), type == at::kDouble);
   Independent independent;
   if (grad_mask.defined()) independent = {grad_mask.size(0) == shape.B, grad_mask.size(1) == shape.H};
   for_chunks(call, score_bytes, independent, [&](Scratch& scratch, const Chunk& all_rows, const auto& for_rows) {
     const Tensor key = key_side(call.key, all_rows).to(type), value = key_side(call.value, all_rows).to(type);
-    const Tensor memory = own_softmax && cuda ? Tensor() : memory_for(scratch.scores, call, all_rows);
-    const Tensor grad_memory = own_softmax && cuda ? Tensor() : memory_for(scratch.grads, call, all_rows);
+    const Tensor memory = memory_for(scratch.scores, call, by, all_rows);
+    const Tensor grad_memory = memory_for(scratch.grads, call, by, all_rows);
     Tensor grad_key, grad_value;
     for_rows([&](const Chunk& c) {
       const int64_t heads = c.batches * c.key_heads, group = shape.group, rows = group * c.rows;
@@ -607,15 +607,15 @@ void math_backward(const Call& call, const Tensor& grad_output, [[maybe_unused]]
       } else {
         const Tensor empty = empty_rows.defined() ? query_view(empty_rows, c, group) : Tensor();
         if (empty.defined()) grad_out = grad_out.masked_fill(empty.reshape({heads, rows, 1}), 0);
-        const int64_t pitch = own_softmax ? pitch_of(cuda, c.columns) : c.columns;
+        const int64_t pitch = pitch_of(by, c.columns);
         const Tensor scores = product_in(memory, query, k.transpose(1, 2), call.scale, pitch);
         const Tensor grad_probs = product_in(grad_memory, grad_out, v.transpose(1, 2), rescale, pitch);
-        if (own_softmax) {
-          if (grad_mask.defined() && !cuda) {
+        if (by != SoftmaxBy::kATen) {
+          if (grad_mask.defined() && by == SoftmaxBy::kCpu) {
             const Tensor part = mask_chunk(grad_mask, c, group);
             if (part.sizes() == at::IntArrayRef(four_dims) && part.stride(3) == 1) own_grad_mask = part;
           }
-          softmax_in_place(call, c, shape, scores, grad_probs, grad_type, own_grad_mask, Tensor());
+          softmax_in_place(call, mask, c, shape, scores, grad_probs, grad_type, own_grad_mask, Tensor());
           probs = in_place_result(scores, type, c.columns);
           grad_scores = in_place_result(grad_probs, grad_type, c.columns);
         } else {
