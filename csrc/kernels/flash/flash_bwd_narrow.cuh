@@ -94,7 +94,7 @@ struct NarrowBackward {
   static constexpr bool kSelects = kEdit == ScoreEdit::kMask;  // leaves out query tiles
   using Selected = QueryTiles<kQueryTile, kKeyTile, kHeadDim == 64 && Arch::kAsyncCopy ? 160 : 512>;
   static constexpr int kSelectedOffset = kPlaceOffset + (kEdit == ScoreEdit::kMaskGradient ? 16 : 0);
-  static constexpr bool kReadsOrigin = Tile::kIsPlain && !kWalks && kEdit == ScoreEdit::kDropout;
+  static constexpr bool kReadsOrigin = kFetchesAll<Tile> && kEdit == ScoreEdit::kDropout;
   static constexpr int kOriginOffset = kSelectedOffset + (kSelects ? Selected::kBytes : 0);
   static constexpr int kSharedBytes = kOriginOffset + (kReadsOrigin ? 16 : 0);
   static_assert(kSharedBytes <= Arch::kSharedBytes);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
   const auto lane_offset = Flash::KeyTile::lane_offset();
   // Some variants have no registers for addresses that would stay valid over the loop: from here on they are computed
   // from their origins again.
-  constexpr bool kStartsAnew = kHasMask || (Tile::kIsPlain && !Tile::kWalks) ||
+  constexpr bool kStartsAnew = kHasMask || kFetchesAll<Tile> ||
                                (kEdit == ScoreEdit::kNone && (kIsBeforeSm90 ? kHeadDim == 64 : kHeadDim == 128));
   const auto start_anew = [&] {
     if constexpr (Flash::kReadsOrigin) {
@@ -192,19 +192,18 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
     return x;
   };
   if ((Flash::kSelects ? here.q0 : first_query()) >= length) here.head += group;  // nothing to do
-  constexpr bool kFetchesAll = Tile::kIsPlain && !Tile::kWalks;
-  constexpr bool kCarriesNext = (Flash::kSelects && Tile::kCarriesNext) || (kFetchesAll && !kIsBeforeSm90);
+  constexpr bool kCarriesNext = (Flash::kSelects && Tile::kCarriesNext) || (kFetchesAll<Tile> && !kIsBeforeSm90);
   Place carried = here;
   const auto following = [&] {
     if constexpr (kCarriesNext) return carried;
     return after(here);
   };
   int parity = 0;  // of the place's number
-  // Without a branch, what does not exist is copied as zeros. Nor are there registers for what a thread's places have
-  // in common.
   const auto fetch = [&](const auto& tile, const Operand& operand, int64_t cols, const Place& x) {
-    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll && !exists(x) ? 0 : p.L, cols);
-    fetch_rows<Arch, kThreads, Tile::kIsPlain>(tile, rows, x.q0, kFetchesAll ? fresh_thread_index() : threadIdx.x);
+    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll<Tile> && !exists(x) ? 0 : p.L, cols);
+    // No registers for what a thread's places have in common.
+    const unsigned thread = kFetchesAll<Tile> ? fresh_thread_index() : threadIdx.x;
+    fetch_rows<Arch, kThreads, Tile::kIsPlain>(tile, rows, x.q0, thread);
   };
   const auto fetch_query = [&](const Place& x, int stage) {
     fetch(query_tile(stage % Flash::kStages), p.query, p.E, x);
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
           draws = DrawsOfHead::make(dropout.with_seed(*p.seed), batch_head);
         }
       }
-      if (const Place next = following(); kFetchesAll || exists(next)) {
+      if (const Place next = following(); kFetchesAll<Tile> || exists(next)) {
         if constexpr (Flash::kStages > 1) fetch_query(next, parity + 1);
         if constexpr (Flash::kGradStages > 1) fetch_grad(next, parity + 1);
       }
@@ -307,11 +306,11 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
 
         DroppedKeys<T, kHasMask, kKeyBlocks, kStep, Tile::kPacksDropped> dropped;
         const auto draw_dropped = [&](int k) {
+          // What is made of these does not stay in registers.
           if constexpr (Flash::kReadsOrigin) {
             start_anew();
           } else {
-            asm volatile(""
-                         : "+r"(batch), "+r"(key_head), "+r"(k0));  // what is made of them does not stay in registers
+            asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0));
           }
           const uint32_t batch_head = static_cast<uint32_t>(p.first_batch_head) + batch * heads + here.head;
           if constexpr (kDrops && Tile::kKeepsDraws) {
@@ -460,7 +459,7 @@ __global__ void __launch_bounds__(NarrowBackward<Arch, T, kHeadDim, Tile, kEdit>
       __syncthreads();  // dS is complete; query, dO, LSE and delta are free
       start_anew();
       const Place next = following();
-      if (kFetchesAll || exists(next)) {
+      if (kFetchesAll<Tile> || exists(next)) {
         if constexpr (Flash::kStages == 1) fetch_query(next, 0);
         if constexpr (Flash::kGradStages == 1) fetch_grad(next, 0);
         fetch_mask(next);

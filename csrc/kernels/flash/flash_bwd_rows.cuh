@@ -26,6 +26,9 @@ template <class Tile>
 struct Walking : Plain<Tile> {
   static constexpr bool kWalks = true;
 };
+// Whether what does not exist is copied, too, as zeros: without a branch. (A walk goes on after a head's last tile.)
+template <class Tile>
+constexpr bool kFetchesAll = Tile::kIsPlain && !Tile::kWalks;
 
 constexpr bool has_mask(ScoreEdit edit) {
   return edit == ScoreEdit::kMask || edit == ScoreEdit::kMaskGradient;

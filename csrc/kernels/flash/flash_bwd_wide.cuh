@@ -176,12 +176,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
     if (same_for_all && !any_key_takes_part<kKeyTile>(p, batch, here.head, k0)) has_work = false;
   }
   if (!has_work) here.head += group;
-  // Without a branch, what does not exist is copied as zeros.
-  constexpr bool kFetchesAll = Tile::kIsPlain && !Tile::kWalks;
   // Whether the next place is looked up once, for all that want to know it. Where tiles are selected (see QueryTiles)
   // at 128 columns sm80 has no registers for it, and the largest tile of 163 KB was 2 % slower.
   constexpr bool kIsLargest = Tile::kCols == 256 && Tile::kMaxSharedBytes == 163 * 1024;
-  constexpr bool kCarriesNext = kFetchesAll || (Flash::kSelects && !kIsLargest && !(kIsBeforeSm90 && kHeadDim == 128));
+  constexpr bool kCarriesNext =
+      kFetchesAll<Tile> || (Flash::kSelects && !kIsLargest && !(kIsBeforeSm90 && kHeadDim == 128));
   Place carried = here;
   const auto following = [&] {
     if constexpr (kCarriesNext) return carried;
@@ -191,11 +190,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   // computed from their origins again.
   int parity = 0;
   const auto start_anew = [&] {
-    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue || (kFetchesAll && kIsBeforeSm90))
+    if constexpr (kHasMask || (kDrops && kHeadDim > 128) || Flash::kSplitsValue || (kFetchesAll<Tile> && kIsBeforeSm90))
       asm volatile("" : "+r"(batch), "+r"(key_head), "+r"(k0), "+r"(here.head), "+r"(here.q0), "+r"(parity));
   };
   const auto fetch = [&](const auto& tile, const Operand& operand, int64_t cols, const Place& x) {
-    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll && !exists(x) ? 0 : p.L, cols);
+    const HeadRows<const T> rows(operand, batch, x.head, kFetchesAll<Tile> && !exists(x) ? 0 : p.L, cols);
     fetch_rows<Arch, kThreads, Tile::kIsPlain>(tile, rows, x.q0);
   };
   const auto fetch_query = [&](const Place& x, int stage) {
@@ -314,7 +313,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
   wait_for_copies<Arch>();
   __syncthreads();
   // Of 96 columns there is room for the keys in registers, as operands of K Q^T.
-  constexpr bool kKeepsKeys = kFetchesAll && Tile::kCols == 96 && kEdit == ScoreEdit::kNone;
+  constexpr bool kKeepsKeys = kFetchesAll<Tile> && Tile::kCols == 96 && kEdit == ScoreEdit::kNone;
   uint32_t kept_keys[kKeepsKeys ? Tile::kCols / 16 : 1][kKeyBlocks][4];
   if constexpr (kKeepsKeys) {
 #pragma unroll
@@ -475,11 +474,11 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       start_anew();
       const Place next = following();
       const auto fetch_ahead = [&] {
-        if (!kFetchesAll && !exists(next)) return;
+        if (!kFetchesAll<Tile> && !exists(next)) return;
         if constexpr (Tile::kStages > 1) fetch_query(next, parity + 1);
         if constexpr (Tile::kGradStages > 1) fetch_grad(next, parity + 1);
       };
-      if constexpr (!kFetchesAll) fetch_ahead();
+      if constexpr (!kFetchesAll<Tile>) fetch_ahead();
       float3 next_row;
       if constexpr (!Flash::kSplitsValue) next_row = read_row(next);  // on its way meanwhile
 
@@ -518,13 +517,13 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) multiply(grad_key, own_scores[n], query, first_block + n);
       }
-      if constexpr (kFetchesAll) fetch_ahead();
+      if constexpr (kFetchesAll<Tile>) fetch_ahead();
       sync_threads<Tile::kShares * 32>(1 + warp / Tile::kShares);  // the other shares of these keys are there
       multiply_others(grad_value, probability_tile, grad, kFirst, kAll);
       if constexpr (Tile::kGradStages == 1) grad_read.arrive_warp();
       multiply_others(grad_key, score_tile, query, kFirst, kFetchesEarly ? kFirst + 1 : kAll);
       if constexpr (kFetchesEarly) {
-        if (const Place next = following(); kFetchesAll || exists(next)) {
+        if (const Place next = following(); kFetchesAll<Tile> || exists(next)) {
           grad_read.wait(parity);
           fetch_grad(next, 0);
         }
@@ -537,7 +536,7 @@ __global__ void __launch_bounds__(WideBackward<Arch, T, kHeadDim, Tile, kEdit>::
       if constexpr (kEdit == ScoreEdit::kMaskGradient) {
         if (!mask_from_registers) add_mask_gradient<T, Tile::kWarps, KeyOrder>(score_tile, p, batch, here.head, q0, k0);
       }
-      if (const Place next = following(); kFetchesAll || exists(next)) {
+      if (const Place next = following(); kFetchesAll<Tile> || exists(next)) {
         publish_row(next_row);
         if (threadIdx.x < kQueryTile) full.arrive_warp();
         if constexpr (Tile::kGradStages == 1 && !kFetchesEarly) {
