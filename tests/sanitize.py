@@ -136,6 +136,8 @@ def main():
     parser.add_argument("--missing", action="store_true", help="name the kernels of this build that no call launches")
     options = parser.parse_args()
     first, every = (int(number) for number in options.part.split("/"))
+    if not 1 <= first <= every:
+        parser.error(f"--part {options.part}: parts are counted from 1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     some = list(calls(options.few))[first - 1 :: every]
     if options.missing:
