@@ -51,6 +51,14 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def memory_returned() -> Iterator[None]:
+    """The workers share a GPU, and some tests want much of it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def switches_restored() -> Iterator[None]:
     before = backends.current_switches()
     yield

@@ -61,12 +61,15 @@ def calls(few):
     for D in (32, 64, 96, 128, 160, 192, 256):
         dtype = HALF if D == 32 else BRAIN
         kinds = ("plain", "causal", "dropout") if few else ("plain", "causal", "bool", "bias", "dropout", "padding")
-        yield from ((FLASH, None, dtype, D, 300, 200, little, kind) for kind in (*kinds, "strided", "shared bias"))
-        yield FLASH, None, BRAIN, D, 513, 512, many, "causal"
+        yield from ((FLASH, 100, dtype, D, 300, 200, little, kind) for kind in (*kinds, "strided", "shared bias"))
+        yield FLASH, 100, BRAIN, D, 513, 512, many, "causal"
+        if D in (64, 128, 192, 256):  # Hopper's own
+            heads_and_kinds = [(n, kind) for n in (little, many) for kind in ("plain", "causal")]
+            yield from ((FLASH, None, dtype, D, 1030, 200, n, kind) for n, kind in heads_and_kinds)
         # Lengths that whole 16-byte chunks and tensor copies want, and masks that are copied like that.
         kinds = ("plain", "causal", "bool", "short bias")
-        yield from ((FLASH, None, dtype, D, 256, 320, little, kind) for kind in kinds)
-        yield from ((FLASH, None, dtype, D, 256, 320, blocks, kind) for kind in kinds[: 2 if few else 4])
+        yield from ((FLASH, 100, dtype, D, 256, 320, little, kind) for kind in kinds)
+        yield from ((FLASH, 100, dtype, D, 256, 320, blocks, kind) for kind in kinds[: 2 if few else 4])
         yield FLASH, None, dtype, D, 600, 640, blocks, "bool"  # its blocks are looked through
         if D in (96, 128):
             kinds_of_ring = ("plain", "causal", "padding", "dropout")

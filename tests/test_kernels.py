@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from reference import INF, check, make, poison, require, strided
+from reference import INF, assert_close_to_reference, check, eager, make, poison, require, strided
 
 import sdpa
 from sdpa import SDPBackend
@@ -93,6 +93,24 @@ def decode_calls(backend, path, dtype):
         yield call
 
 
+def hopper_calls(backend, path, dtype):
+    """What Hopper's own kernels take."""
+    if path != 90:
+        return
+    dice = random.Random(f"hopper {backend.name} {dtype}")
+    dims = [(d, d) for d in (40, 64, 72, 80, 96, 104, 128, 136, 160, 192, 200, 256)]
+    axes = {
+        "dims": [*dims, (64, 8), (8, 64), (128, 64), (64, 128), (192, 128), (72, 256)],
+        "lengths": [(512, 512), (515, 1000), (700, 129), (1031, 64), (1100, 17), (1024, 1), (1024, 385), (1300, 1000)],
+        "is_causal": [False, True],
+        "group": [1, 2, 4],
+        "layout": ["contiguous", "transposed"],
+        "scale": [None, None, 0.3],
+    }
+    for row in zip(*(sampled(choices, 36, dice) for choices in axes.values()), strict=True):
+        yield dict(zip(axes, row, strict=True), mask=None, mask_shape="", dropout_p=0.0)
+
+
 def name_of(call):
     (E, Ev), (L, S) = call["dims"], call["lengths"]
     parts = [f"E{E}-Ev{Ev}-L{L}-S{S}-g{call['group']}-{call['layout']}", "causal" * call["is_causal"]]
@@ -105,7 +123,7 @@ def name_of(call):
 CASES = [
     pytest.param(backend, path, dtype, call, id=f"{backend.name}-sm{path}-{dtype}-{name_of(call)}")
     for backend, path, dtype in PATHS
-    for call in calls(backend, path, dtype)
+    for call in [*calls(backend, path, dtype), *hopper_calls(backend, path, dtype)]
 ]
 
 
@@ -136,7 +154,8 @@ def use_path(monkeypatch):
             pytest.skip(f"this build has no sm{path} {backend.name} kernel for this chip")
         major, minor = torch.cuda.get_device_capability()
         if max(v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor) != path:
-            monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
+            # As a chip after Hopper: sm80's kernels, and as much shared memory as here.
+            monkeypatch.setenv("SDPA_FORCE_ARCH", "100" if path == 80 and major == 9 else str(path))
         if chip is not None:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
 
@@ -306,7 +325,7 @@ def test_every_kernel_that_runs_here_is_tested(monkeypatch):
         )
         if path != newest:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
-        every = calls, decode_calls, wide_calls
+        every = calls, decode_calls, wide_calls, hopper_calls
         for call in (call for some in every for call in some(backend, path, dtype)):
             grad = not (call.get("decode") or call.get("wide"))
             tensors, mask = tensors_of(call, dtype, grad)
@@ -336,7 +355,7 @@ PROFILES = {  # of the scores along the keys; exact in every dtype, so that eage
 ADVERSARIAL = [  # each profile and each head dim with and without
     (profile, head_dim, (i + j) % 2 == 1)
     for i, profile in enumerate(PROFILES)
-    for j, head_dim in enumerate((32, 64, 128, 256))
+    for j, head_dim in enumerate((32, 64, 128, 192, 256))
 ]
 
 
@@ -352,6 +371,53 @@ def test_adversarial_scores(use_path, which, path, dtype, chip, head_dim, is_cau
     assert torch.equal(key[0, 0, :, 3].double().cpu(), PROFILES[profile].double())
     value = make(1, 2, KEYS, head_dim, dtype=dtype, device="cuda", grad=False)
     check(which, query, key, value, scale=1.0, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("grows", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_rows_that_outgrow_their_references(use_path, dtype, grows, is_causal, head_dim):
+    """Some tiles after others, along the keys or against them, and in some rows more than in others."""
+    use_path(FLASH, 90, dtype)
+    query, key, value = (make(2, 4, 1100, head_dim, dtype=getattr(torch, dtype), device="cuda") for _ in range(3))
+    slope = torch.linspace(0, 12, 1100, device="cuda")[:, None]
+    slope = slope if grows else slope.flip(0)
+    tensors = [(x * factor).detach().to(x.dtype) for x, factor in ((query, slope), (key, slope), (value, 1))]
+    assert "sm90" in sdpa.explain(*tensors, is_causal=is_causal).backends[0].kernels[0]
+    check(FLASH, *(x.requires_grad_() for x in tensors), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_keeps_nan_in_its_row(use_path, dtype, bad, is_causal, head_dim):
+    use_path(FLASH, 90, dtype)
+    tensors = [make(2, 4, 700, head_dim, dtype=getattr(torch, dtype), device="cuda", grad=False) for _ in range(3)]
+    expected = eager(*(x.double() for x in tensors), is_causal=is_causal)
+    close = eager(*tensors, is_causal=is_causal)
+    rows = torch.zeros(700, dtype=torch.bool, device="cuda")
+    rows[[40, 130, 131, 400, 699]] = True
+    tensors[0][..., rows, 5] = bad
+    assert "sm90" in sdpa.explain(*tensors, is_causal=is_causal).backends[0].kernels[0]
+    with sdpa.sdpa_kernel(FLASH):
+        output = sdpa.scaled_dot_product_attention(*tensors, is_causal=is_causal)
+    assert output[..., rows, :].isnan().all()
+    assert_close_to_reference(output[..., ~rows, :], expected[..., ~rows, :], close[..., ~rows, :])
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (700, 200), (513, 600)])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 184, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_blocks_take_many_query_tiles(use_path, dtype, head_dim, is_causal, lengths):
+    use_path(FLASH, 90, dtype)
+    L, S = lengths
+    shapes = (2, L, 60, head_dim), (2, S, 20, head_dim), (2, S, 20, head_dim)
+    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
+    poison("cuda", tensors[0].shape)
+    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
 
 
 @pytest.mark.parametrize("lengths", [(130, 200), (129, 65), (100, 1000)])
@@ -565,8 +631,8 @@ def test_math_in_float32_with_infinities():
     assert expected.isnan().any() and expected.isinf().any()
     assert torch.equal(output.isnan(), expected.isnan()) and torch.equal(output.isinf(), expected.isinf())
     grad = torch.randn_like(output)
-    for result, eager in zip(*(torch.autograd.grad(o, tensors, grad) for o in (output, expected)), strict=True):
-        same = result.isfinite() == eager.isfinite()
+    for result, theirs in zip(*(torch.autograd.grad(o, tensors, grad) for o in (output, expected)), strict=True):
+        same = result.isfinite() == theirs.isfinite()
         same[0, 0] = True  # eager's sums overflow there
         assert same.all()
 

@@ -153,6 +153,32 @@ def test_explaining_empty_and_other_ranks(shape):
     assert attention(*tensors).shape == shape
 
 
+def test_hopper_has_kernels_of_its_own():
+    def kernels(capability=(9, 0), mask=None, scale=None, E=64, Ev=None, L=1100, **kwargs):
+        tensors = inputs(BRAIN, E=E, L=L, grad=True, **kwargs)
+        return row(explain(*tensors, mask, scale=scale, capability=capability), FLASH).kernels
+
+    def older(width):
+        return (f"flash_forward_sm80_bfloat16_{width}", f"flash_backward_sm80_bfloat16_{width}")
+
+    for E, width in ((40, 64), (64, 64), (72, 128), (128, 128), (136, 256), (256, 256)):
+        backward = "flash_backward_sm90_bfloat16_128" if width <= 128 else older(width)[1]
+        assert kernels(E=E) == (f"flash_forward_sm90_bfloat16_{max(128, width)}", backward)
+        assert kernels((10, 0), E=E) == kernels((8, 0), E=E) == older(width)
+    assert kernels(mask=torch.ones(1100, 1, dtype=torch.bool)) == older(64)
+    assert kernels(scale=-1.0) == older(64) and kernels(E=63) == older(64)
+    assert kernels(L=511) == older(64) and kernels(L=512)[0] == "flash_forward_sm90_bfloat16_128"
+    assert kernels(L=1023)[1] == older(64)[1] and kernels(L=255, E=128) == older(128)
+    query, key, value = inputs(BRAIN, L=1100)
+    for case in (
+        (query[..., 1:57], key[..., :56]),
+        (query[..., ::2], key[..., :32]),
+        (query, key[:1].expand(2, -1, -1, -1)),
+    ):
+        found = row(explain(*case, value, capability=(9, 0)), FLASH)
+        assert "sm80" in found.kernels[0]
+
+
 def test_explanation_data():
     found = explain(*inputs(SINGLE, E=200), capability=(7, 0))
     failed = {c.name: c for c in row(found, FLASH).constraints if not c.holds}

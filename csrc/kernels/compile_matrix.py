@@ -27,20 +27,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from check_ptxas import kernels
-from variants import CPP_TYPE, VARIANTS, Target, Variant, newest_path
+from variants import CPP_TYPE, VARIANTS, Target, Variant, targets_of
 
 HERE = Path(__file__).parent
 INSTRUCTIONS = (
     "HMMA.884",
     "HMMA.1688",
     "HMMA.16816",
+    "HGMMA",
     "LDSM",
     "LDGSTS",
+    "UTMALDG",
     "FFMA",
     "MUFU.EX2",
     "RED",
 )
-FLASH_INSTRUCTIONS = {75: ("HMMA.1688", "LDSM"), 80: ("HMMA.16816", "LDSM", "LDGSTS")}
+FLASH_INSTRUCTIONS = {75: ("HMMA.1688", "LDSM"), 80: ("HMMA.16816", "LDSM", "LDGSTS"), 90: ("HGMMA", "UTMALDG")}
 
 
 def missing(v: Variant, kernel: str, registers: int, held: dict[str, int]) -> list[str]:
@@ -237,7 +239,7 @@ def main() -> int:
     work = []
     for chip in map(Target.parse, options.chips):
         for v in VARIANTS:
-            if v.path == newest_path(v, chip) and re.search(options.only, v.name):
+            if targets_of(v, [chip], False) and re.search(options.only, v.name):
                 work.append((v, chip))
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda item: compiled(*item, options), work))

@@ -21,6 +21,8 @@ const char* name(Direction direction) {
   return "";
 }
 
+static constexpr int kHopper = 90;
+
 static bool is_decoding(const Problem& p) {
   const int64_t group = p.key_heads == 0 ? 1 : p.H / p.key_heads;
   return !p.grad_wanted && p.dropout_p == 0 && p.L <= kMostDecodedQueries && p.L * group <= kMaxPosition;
@@ -29,7 +31,8 @@ static bool is_decoding(const Problem& p) {
 // A forward whose scores a backward is to find again, bit by bit, needs that backward.
 static bool has_backward(const Variant& forward, int64_t width) {
   return std::any_of(variants().begin(), variants().end(), [&](const Variant& v) {
-    return v.direction == Direction::kBackward && v.backend == forward.backend && v.path == forward.path &&
+    const int path = forward.path == kHopper ? 80 : forward.path;
+    return v.direction == Direction::kBackward && v.backend == forward.backend && v.path == path &&
            v.dtype == forward.dtype && v.head_dim >= width;
   });
 }
@@ -43,10 +46,21 @@ int shared_bytes_of(int capability) {
   return kilobytes * 1024;
 }
 
+// Hopper's own kernels, where they take the call and are the faster (bench/NOTES.md).
+static bool suits_hopper(const Problem& p, bool backward) {
+  if (p.capability != kHopper || !p.in_boxes || p.mask_kind != MaskKind::kNone || p.dropout_p > 0) return false;
+  const int64_t width = std::max(p.E, p.Ev), fewest_queries = backward ? 1024 : width <= 64 ? 512 : 256;
+  return width > 32 && p.L >= fewest_queries && !(backward && p.deterministic) &&
+         (p.L + 127) / 128 * p.B * p.H < kMaxPosition / 2;
+}
+
 // Flash's kernels serve the memory-efficient backend as well, where they take the call: they too hold no more than
 // O(B H L).
 static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
   if ((v.direction == Direction::kBackward) != backward) return false;
+  // A build for 9.0 may be without these kernels: ptxas has to be asked for 9.0a.
+  if (v.path == kHopper && !(suits_hopper(p, backward) && (p.hypothetical || v.compiled_for(p.device_capability))))
+    return false;
   const int64_t width = std::max(p.E, p.Ev);
   if (v.direction == Direction::kDecode && (!is_decoding(p) || v.head_dim < width)) return false;
   // Else a row is one tile wide in flash's kernels; memory-efficient ones walk over head dims wider than theirs.

@@ -13,14 +13,17 @@ from pathlib import Path
 
 CPP_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 CPP_DTYPE = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat32"}
-HEADER = {
+HEADER: dict[tuple[str, ...] | tuple[str, str, int], str] = {
     ("flash", "forward"): "flash/flash_fwd.cuh",
     ("flash", "backward"): "flash/flash_bwd.cuh",
     ("flash", "decode"): "flash/flash_decode.cuh",
+    ("flash", "forward", 90): "flash/flash_fwd_sm90.cuh",
+    ("flash", "backward", 90): "flash/flash_bwd_sm90.cuh",
     ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
     ("efficient", "decode"): "mem_efficient/efficient_decode.cuh",
 }
+HOPPER = 90  # wgmma: machine code for 90a alone, and beside path 80, for it does not take every call
 OTHER_KERNELS = ("dropout_mask", "float32_product", "mask_blocks", "softmax_rows")
 
 
@@ -51,6 +54,8 @@ class Variant:
     def source(self) -> str:
         """The translation unit that compiles it."""
         launcher = f"{self.backend}_{self.direction}<Sm{self.path}, {CPP_TYPE[self.dtype]}, {self.head_dim}>"
+        if self.path == HOPPER:
+            launcher = f"{self.backend}_{self.direction}_sm90<{CPP_TYPE[self.dtype]}, {self.head_dim}>"
         return (
             f"// Written by csrc/kernels/variants.py.\n"
             f'#include "{self.header}"\n\n'
@@ -61,7 +66,7 @@ class Variant:
 
     @property
     def header(self) -> str:
-        return HEADER[self.backend, self.direction]
+        return HEADER.get((self.backend, self.direction, self.path)) or HEADER[self.backend, self.direction]
 
 
 VARIANTS = (
@@ -72,6 +77,12 @@ VARIANTS = (
             ("backward", (32, 64, 128, 256)),
             ("decode", (64, 128)),
         )
+        for dtype in ("float16", "bfloat16")
+        for head_dim in head_dims
+    ]
+    + [
+        Variant("flash", direction, HOPPER, dtype, head_dim)
+        for direction, head_dims in (("forward", (128, 256)), ("backward", (128,)))
         for dtype in ("float16", "bfloat16")
         for head_dim in head_dims
     ]
@@ -130,6 +141,9 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
     """The chips for which this code path is compiled: those whose newest path it is, or all that can run it."""
     chosen = []
     for target in targets:
+        if variant.path == HOPPER:
+            chosen += [Target(90, "a", False)] * (target.capability == 90)
+            continue
         newest = newest_path(variant, target)
         if newest == variant.path or (all_paths and variant.path <= target.capability):
             chosen.append(machine_code_for(variant.path, target))
@@ -137,9 +151,9 @@ def targets_of(variant: Variant, targets: list[Target], all_paths: bool) -> list
 
 
 def newest_path(variant: Variant, target: Target) -> int | None:
-    """The newest code path for a chip among the variants of the same backend and direction."""
+    """The newest code path that takes every call, for a chip, among variants of the same backend and direction."""
     same = [v.path for v in VARIANTS if (v.backend, v.direction) == (variant.backend, variant.direction)]
-    return max((path for path in same if path <= target.capability), default=None)
+    return max((path for path in same if path <= target.capability and path != HOPPER), default=None)
 
 
 def merged(targets: list[Target]) -> list[Target]:

@@ -92,9 +92,12 @@ void kernel_forward(Backend backend, const Call& call, const Problem& problem, c
   C10_CUDA_CHECK(variant.launch_forward(params, c10::cuda::getCurrentCUDAStream()));
 }
 
-void kernel_backward(Backend backend, const Call& call, const Problem& problem, const Tensor& grad_output,
+void kernel_backward(Backend backend, const Call& call, Problem problem, const Tensor& grad_output,
                      const Tensor& output, const Tensor& logsumexp, const Tensor& logsumexp_rest,
                      const Gradients& grads) {
+  for (const Tensor& t : {grad_output, grads.key, grads.value}) {
+    if (t.defined() && !is_in_boxes(t)) problem.in_boxes = false;
+  }
   BackwardParams params;
   fill(params, call);
   fill_results(params, output, logsumexp, logsumexp_rest);

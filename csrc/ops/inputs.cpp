@@ -231,10 +231,10 @@ int forced_capability() {
   const char* text = std::getenv("SDPA_FORCE_ARCH");
   if (text == nullptr || *text == '\0') return 0;
   const std::string value(text);
-  for (const int known : {70, 75, 80, 86, 90}) {
+  for (const int known : {70, 75, 80, 86, 90, 100}) {
     if (value == std::to_string(known)) return known;
   }
-  TORCH_CHECK(false, "SDPA_FORCE_ARCH must be one of 70, 75, 80, 86, 90; got '", value, "'");
+  TORCH_CHECK(false, "SDPA_FORCE_ARCH must be one of 70, 75, 80, 86, 90, 100; got '", value, "'");
 }
 
 static int device_capability(const at::Device& device) {
@@ -258,6 +258,21 @@ static int device_capability(const at::Device& device) {
 #endif
 }
 
+bool is_in_boxes(const Tensor& t) {
+  constexpr int64_t kChunk = 16;
+  const int64_t size = t.element_size();
+  // Not data_ptr(), which a fake tensor refuses.
+  const auto* const data = t.storage().unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get();
+  uint64_t bits = reinterpret_cast<uintptr_t>(data) + t.storage_offset() * size;
+  for (int d = 0; d < 3; ++d) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) == 0) return false;
+    bits |= t.stride(d) * size;
+  }
+  bits |= t.size(3) * size;
+  return bits % kChunk == 0 && t.stride(3) == 1;
+}
+
 Problem describe(const Call& call, Wants wants) {
   Problem p;
   const Tensor &q = call.query, &k = call.key, &v = call.value;
@@ -277,6 +292,7 @@ Problem describe(const Call& call, Wants wants) {
   p.dtype = dtype_of(q.scalar_type());
   p.mask_kind = mask_kind_of(call.attn_mask);
   p.is_causal = call.is_causal;
+  p.in_boxes = call.scale > 0 && is_in_boxes(q) && is_in_boxes(k) && is_in_boxes(v);
   p.dropout_p = call.dropout_p;
   p.grad_wanted = wants.any_grad;
   p.mask_grad_wanted = wants.mask_grad;

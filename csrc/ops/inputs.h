@@ -56,6 +56,8 @@ struct Wants {
   bool any_grad = false, mask_grad = false, mask_broadcasts = false;
 };
 Problem describe(const Call& call, Wants wants);
+// Whether a tensor map can describe it: rows of whole 16-byte chunks, aligned, and no stride of 0.
+bool is_in_boxes(const at::Tensor& t);
 
 // SDPA_FORCE_ARCH=70|75|80|86|90, or 0.
 int forced_capability();

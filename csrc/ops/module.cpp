@@ -32,6 +32,7 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, 
     call.key = t[1];
     call.value = t[2];
     call.attn_mask = t[3];
+    call.scale = in.scale;
     call.is_causal = is_causal;
     call.dropout_p = dropout_p;
     problem = describe(call, {grad_wanted, grad_wanted && mask.defined() && mask.requires_grad(), in.mask_broadcasts});

@@ -21,6 +21,7 @@ struct Problem {
   DType dtype = DType::kOther;
   MaskKind mask_kind = MaskKind::kNone;
   bool is_causal = false;
+  bool in_boxes = false;  // tensor maps describe query, key and value, and scale is positive: see flash_*_sm90.cuh
   double dropout_p = 0;
   bool grad_wanted = false;       // of anything
   bool mask_grad_wanted = false;  // of the mask

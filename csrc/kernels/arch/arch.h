@@ -14,8 +14,12 @@ struct Sm75 {
   static constexpr int kId = 75, kSharedBytes = 64 * 1024;
   static constexpr bool kAsyncCopy = false;
 };
-struct Sm80 {  // sm80, and the only path so far for everything newer; 99 KB is what sm86 and sm89 allow
+struct Sm80 {  // sm80 and everything newer; 99 KB is what sm86 and sm89 allow
   static constexpr int kId = 80, kSharedBytes = 99 * 1024;
+  static constexpr bool kAsyncCopy = true;
+};
+struct Sm90 {  // sm90a alone: wgmma
+  static constexpr int kId = 90, kSharedBytes = 227 * 1024;
   static constexpr bool kAsyncCopy = true;
 };
 

@@ -97,4 +97,19 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[4], const float (&left)
   a[3] = pack<T>(right[2], right[3]);
 }
 
+// A lane has a word of each of four rows of four words, which it shares with the other lanes of its quad. They exchange
+// them, so that each has a row: 16 bytes to store.
+__device__ __forceinline__ void exchange_in_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if (n & bit) continue;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[n] : words[n | bit], bit);
+      (upper ? words[n] : words[n | bit]) = got;
+    }
+  }
+}
+
 }  // namespace sdpa

@@ -37,7 +37,10 @@ bool describe_tensor(CUtensorMap& map, const Operand& x, int64_t batches, int64_
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows),
                                static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batches)};
   cuuint64_t strides[3];  // bytes
-  for (int d = 0; d < 3; ++d) strides[d] = static_cast<cuuint64_t>(x.stride[2 - d]) * 2;
+  for (int d = 0; d < 3; ++d) {
+    // Where there is one of a kind its stride is never used, but has to be one that the driver takes.
+    strides[d] = sizes[d + 1] == 1 ? 16 : static_cast<cuuint64_t>(x.stride[2 - d]) * 2;
+  }
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   return encode(&map, is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, x.data,

@@ -206,10 +206,7 @@ cudaError_t main_backward(const BackwardParams& p, bool walks, cudaStream_t stre
 // Head dims E and Ev from 1 to kHeadDim.
 template <class Arch, class T, int kHeadDim>
 cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
-  using Sweep = RowSweep<kHeadDim>;
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
-  const BlockOrder rows = Sweep::order(p);
-  const dim3 row_grid(rows.grid_x(), rows.grid_y());
   bool walks = false;
   if constexpr (kCanWalk<Arch, kHeadDim, ScoreEdit::kNone>) {
     using Size = WalkSize<kHeadDim>;
@@ -219,10 +216,7 @@ cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
     }
   }
   const bool sums = p.grad_query.data != nullptr && !p.deterministic && !walks;
-  if (rows.blocks() > 0) {
-    flash_delta_kernel<T, kHeadDim><<<row_grid, Sweep::kThreads, 0, stream>>>(p, rows, sums);
-    if (const auto error = cudaGetLastError(); error != cudaSuccess) return error;
-  }
+  if (const auto error = launch_delta<T, kHeadDim>(p, sums, stream); error != cudaSuccess) return error;
 
   // What is to be summed up in order leaves the main kernel's share of the work.
   BackwardParams main = p;
@@ -249,12 +243,7 @@ cudaError_t flash_backward(const BackwardParams& p, cudaStream_t stream) {
     return main_backward<Arch, T, kHeadDim, ScoreEdit::kNone>(main, walks, stream);
   };
   const auto error = run();
-  if (error != cudaSuccess) return error;
-  if (rows.blocks() == 0 || !sums) return cudaSuccess;
-  using Tiles = TileSweep<kHeadDim>;
-  const BlockOrder tiles = Tiles::order(p);
-  return launch_early<flash_convert_kernel<T, kHeadDim>>(dim3(tiles.grid_x(), tiles.grid_y()), Tiles::kThreads, 0,
-                                                         stream, p, tiles);
+  return error == cudaSuccess && sums ? launch_convert<T, kHeadDim>(p, stream) : error;
 }
 
 }  // namespace sdpa

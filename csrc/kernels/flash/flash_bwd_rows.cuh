@@ -337,19 +337,28 @@ __global__ void __launch_bounds__(TileSweep<kHeadDim>::kThreads)
     for (int n = 0; n < 4; ++n) {
       words[n] = pack<T>(values[0][n][2 * half] * p.scale, values[0][n][2 * half + 1] * p.scale);
     }
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        if (n & bit) continue;
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[n] : words[n | bit], bit);
-        (upper ? words[n] : words[n | bit]) = got;
-      }
-    }
+    exchange_in_quad(words);
     const int row = row0 + half * 8 + lane / 4, col = (tile0 + lane % 4) * kChunkElements;
     if (row < p.L && col < p.E) write_chunk(target, row, col, {words[0], words[1], words[2], words[3]});
   }
+}
+
+// The kernels before and after the main one. sums: dQ is summed up.
+template <class T, int kHeadDim>
+cudaError_t launch_delta(const BackwardParams& p, bool sums, cudaStream_t stream) {
+  using Sweep = RowSweep<kHeadDim>;
+  const BlockOrder rows = Sweep::order(p);
+  if (rows.blocks() == 0) return cudaSuccess;
+  flash_delta_kernel<T, kHeadDim><<<dim3(rows.grid_x(), rows.grid_y()), Sweep::kThreads, 0, stream>>>(p, rows, sums);
+  return cudaGetLastError();
+}
+template <class T, int kHeadDim>
+cudaError_t launch_convert(const BackwardParams& p, cudaStream_t stream) {
+  using Tiles = TileSweep<kHeadDim>;
+  const BlockOrder tiles = Tiles::order(p);
+  if (tiles.blocks() == 0) return cudaSuccess;
+  return launch_early<flash_convert_kernel<T, kHeadDim>>(dim3(tiles.grid_x(), tiles.grid_y()), Tiles::kThreads, 0,
+                                                         stream, p, tiles);
 }
 
 }  // namespace sdpa

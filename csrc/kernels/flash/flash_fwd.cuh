@@ -553,29 +553,29 @@ __global__ void __launch_bounds__(FlashForward<Arch, T, kHeadDim, kChange, kPlac
     const auto row_block = [&](int m) { return warp_block + m; };
     write_output<T>(output, factors, query_tile, row_block, p, Stream::first_row(p.output, batch, head, p.Ev),
                     warp_row);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) {
+    for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float logsumexp, rest = 0.f;
-      float factor =
-          kChange != ScoreChange::kNone ? softmax.finish(m, half, logsumexp, rest) : softmax.finish(m, half, logsumexp);
-      if constexpr (kChange != ScoreChange::kNone) factor *= dropout.rescale;  // 1 without dropout
+      for (int half = 0; half < 2; ++half) {
+        float logsumexp, rest = 0.f;
+        float factor = kChange != ScoreChange::kNone ? softmax.finish(m, half, logsumexp, rest)
+                                                     : softmax.finish(m, half, logsumexp);
+        if constexpr (kChange != ScoreChange::kNone) factor *= dropout.rescale;  // 1 without dropout
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        output[m][n][2 * half] *= factor;
-        output[m][n][2 * half + 1] *= factor;
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          output[m][n][2 * half] *= factor;
+          output[m][n][2 * half + 1] *= factor;
+        }
+        const int row = warp_row + m * 16 + half * 8 + lane / 4;
+        const bool writes = lane % 4 == 0 && row < p.L;
+        const int64_t i = int64_t{batch * heads + head} * p.L + row;
+        if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
+        if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
       }
-      const int row = warp_row + m * 16 + half * 8 + lane / 4;
-      const bool writes = lane % 4 == 0 && row < p.L;
-      const int64_t i = int64_t{batch * heads + head} * p.L + row;
-      if (writes && p.logsumexp != nullptr) p.logsumexp[i] = logsumexp;
-      if (writes && p.logsumexp_rest != nullptr) p.logsumexp_rest[i] = rest;
     }
+    query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
   }
-  query_tile.template store<kRowBlocks>(output, warp_block, HeadRows<T>(p.output, batch, head, p.L, p.Ev), warp_row);
 }
 
 template <class Arch, class T, int kHeadDim, ScoreChange kChange, int kPlaces = kDefaultPlaces<Arch, kHeadDim>>

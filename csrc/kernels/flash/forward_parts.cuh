@@ -28,13 +28,18 @@ struct ForwardWork {
   __device__ __forceinline__ bool find(const ForwardParams& p, const BlockOrder& order) {
     int tile;
     if (!order.locate_quickly(tile, batch_head)) return false;
-    q0 = (static_cast<int>(order.tiles) - 1 - tile) * kQueryTile;
+    take<kQueryTile>(p, static_cast<int>(order.tiles) - 1 - tile);
+    return true;
+  }
+  // Query tile `tile` of the head, of which batch_head tells.
+  template <int kQueryTile>
+  __device__ __forceinline__ void take(const ForwardParams& p, int tile) {
+    q0 = tile * kQueryTile;
     const int heads = static_cast<int>(p.H), S = static_cast<int>(p.S);
     batch = batch_head / heads, head = batch_head % heads;
     key_head = head / static_cast<int>(p.group);
     key_end = p.is_causal ? min(S, q0 + kQueryTile) : S;
     full_end = p.is_causal ? min(S, q0 + 1) : S;
-    return true;
   }
 };
 

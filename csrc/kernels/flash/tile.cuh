@@ -277,6 +277,9 @@ struct BoxedTile {
 
   static __device__ __forceinline__ LaneOffset lane_offset() { return Box::lane_offset(); }
   __device__ __forceinline__ Box box(int number) const { return {base + number * Box::kBytes}; }
+  __device__ __forceinline__ void load_a(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
+    box(col_block / kBoxBlocks).load_a(r, lane, row_block, col_block % kBoxBlocks);
+  }
   __device__ __forceinline__ void load_b(uint32_t (&r)[4], const LaneOffset& lane, int row_block, int col_block) const {
     box(col_block / kBoxBlocks).load_b(r, lane, row_block, col_block % kBoxBlocks);
   }
