@@ -265,14 +265,11 @@ cudaError_t launch_backward_sm90(const BackwardParams& p, cudaStream_t stream) {
   const auto order =
       BlockOrder::make((p.S + Flash::kKeyTile - 1) / Flash::kKeyTile, p.B * (p.H / p.group), bytes_per_key_head);
   CUtensorMap maps[4];
-  const auto describe = [&](CUtensorMap& map, const Operand& x, int64_t heads, int64_t rows, int64_t cols,
-                            int box_rows) {
-    return describe_tensor(map, x, p.B, heads, rows, cols, box_rows, kBoxCols, std::is_same_v<T, __nv_bfloat16>);
-  };
-  if (order.blocks() > BlockOrder::kMaxGridX || !describe(maps[0], p.query, p.H, p.L, p.E, Flash::kQueryTile) ||
-      !describe(maps[1], p.key, p.H / p.group, p.seen_keys, p.E, Flash::kKeyTile) ||
-      !describe(maps[2], p.value, p.H / p.group, p.seen_keys, p.Ev, Flash::kKeyTile) ||
-      !describe(maps[3], p.grad_output, p.H, p.L, p.Ev, Flash::kQueryTile)) {
+  if (order.blocks() > BlockOrder::kMaxGridX ||
+      !describe_in_boxes<T>(maps[0], p.query, p.B, p.H, p.L, p.E, Flash::kQueryTile) ||
+      !describe_in_boxes<T>(maps[1], p.key, p.B, p.H / p.group, p.seen_keys, p.E, Flash::kKeyTile) ||
+      !describe_in_boxes<T>(maps[2], p.value, p.B, p.H / p.group, p.seen_keys, p.Ev, Flash::kKeyTile) ||
+      !describe_in_boxes<T>(maps[3], p.grad_output, p.B, p.H, p.L, p.Ev, Flash::kQueryTile)) {
     return cudaErrorInvalidValue;
   }
   const bool sums = p.grad_query.data != nullptr;

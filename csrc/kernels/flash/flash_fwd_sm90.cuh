@@ -309,13 +309,10 @@ cudaError_t launch_forward_sm90(const ForwardParams& p, cudaStream_t stream) {
   if (p.is_causal) order.tiles = (order.tiles + 1) / 2;  // pairs of them
   if (order.blocks() == 0) return cudaSuccess;
   CUtensorMap maps[3];
-  const auto describe = [&](CUtensorMap& map, const Operand& x, int64_t heads, int64_t rows, int64_t cols,
-                            int box_rows) {
-    return describe_tensor(map, x, p.B, heads, rows, cols, box_rows, kBoxCols, std::is_same_v<T, __nv_bfloat16>);
-  };
-  if (order.blocks() > BlockOrder::kMaxGridX || !describe(maps[0], p.query, p.H, p.L, p.E, Flash::kQueryTile) ||
-      !describe(maps[1], p.key, p.H / p.group, p.S, p.E, Flash::kKeyTile) ||
-      !describe(maps[2], p.value, p.H / p.group, p.S, p.Ev, Flash::kKeyTile)) {
+  if (order.blocks() > BlockOrder::kMaxGridX ||
+      !describe_in_boxes<T>(maps[0], p.query, p.B, p.H, p.L, p.E, Flash::kQueryTile) ||
+      !describe_in_boxes<T>(maps[1], p.key, p.B, p.H / p.group, p.S, p.E, Flash::kKeyTile) ||
+      !describe_in_boxes<T>(maps[2], p.value, p.B, p.H / p.group, p.S, p.Ev, Flash::kKeyTile)) {
     return cudaErrorInvalidValue;
   }
   int multiprocessors = 0;

@@ -2,12 +2,23 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../arch/mma.h"
 #include "../arch/shared_memory.h"
+#include "../arch/tensor_copy.h"
+#include "../arch/wgmma.h"
+#include "../attn/params.h"
 #include "tile.cuh"
 
 namespace sdpa {
+
+// Describes an operand of T in boxes of box_rows rows. False if the chip does not take it.
+template <class T>
+bool describe_in_boxes(CUtensorMap& map, const Operand& x, int64_t batches, int64_t heads, int64_t rows, int64_t cols,
+                       int box_rows) {
+  return describe_tensor(map, x, batches, heads, rows, cols, box_rows, kBoxCols, std::is_same_v<T, __nv_bfloat16>);
+}
 
 // A ring's next place: its stage, and the parity of its barriers' phase.
 template <int kStages>
