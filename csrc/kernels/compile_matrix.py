@@ -4,9 +4,9 @@
 
 For each kernel: registers, bytes spilled, and how many of the instructions that matter its machine code and its main
 loop hold (with nvdisasm, of the CUDA toolkit or the PyPI package nvidia-cuda-nvdisasm). The main loop is the shortest
-with nine tenths of the most mma any loop has; "shared" counts its accesses to shared memory in steps of 128 bytes, and
-what is jumped over or repeated inside it counts once. Exits with 1 if anything failed or spilled, or (with nvdisasm) if
-a kernel of flash lacks the instructions that its code path is made of.
+with nine tenths of the most mma any loop has, or the shortest with wgmma; "shared" counts its accesses to shared memory
+in steps of 128 bytes, and what is jumped over or repeated inside it counts once. Exits with 1 if anything failed or
+spilled, or (with nvdisasm) if a kernel of flash lacks the instructions that its code path is made of.
 
 nvcc 13 knows no sm70. Its kernels are compiled by NVRTC 12, which --chips 7.0 wants in a folder:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -62,19 +63,21 @@ def short(name: str) -> str:
 
 def main_loop(code: list[tuple[str, str]], labels: dict[str, int]) -> dict[str, int]:
     """Of instructions and their operands; labels: the number of the instruction that follows."""
+    mma = "HGMMA" if any(name.startswith("HGMMA") for name, _ in code) else "HMMA"
     loops = []
     for i, (name, operands) in enumerate(code):
         target = re.search(r"`\((\S+)\)", operands) if name.startswith("BRA") else None
         if target and labels.get(target[1], i + 1) <= i:
             body = [name for name, _ in code[labels[target[1]] : i + 1]]
-            loops.append((sum(name.startswith("HMMA") for name in body), body))
-    most = max((mma for mma, _ in loops), default=0)
+            loops.append((sum(name.startswith(mma) for name in body), body))
+    most = max((count for count, _ in loops), default=0)
     if most == 0:
         return {}
-    body = min((body for mma, body in loops if mma >= 0.9 * most), key=len)
+    least = 1 if mma == "HGMMA" else 0.9 * most
+    body = min((body for count, body in loops if count >= least), key=len)
     found = {"instructions": len(body), "shared": 0, "MUFU": 0}
     for name in body:
-        if name.startswith("HMMA"):
+        if name.startswith(mma):
             kind = ".".join(name.split(".")[:2])
             found[kind] = found.get(kind, 0) + 1
         elif name.startswith("MUFU"):
@@ -219,6 +222,8 @@ def compiled(v: Variant, chip: Target, options: argparse.Namespace) -> tuple[lis
         cu.write_text(v.source)
         arch = f"{chip.capability}{chip.suffix}"
         command = [options.nvcc, "-cubin", "-O3", "-std=c++20", "-Xptxas=-v", "--expt-relaxed-constexpr", f"-I{HERE}"]
+        if cutlass := importlib.util.find_spec("cutlass_library"):  # of nvidia-cutlass: Hopper's kernels want it
+            command += ["-isystem", str(Path(cutlass.origin or "").parent / "source" / "include")]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(cu), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:

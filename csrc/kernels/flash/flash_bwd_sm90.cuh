@@ -176,20 +176,21 @@ __global__ void __launch_bounds__(FlashBackwardSm90<T, kHeadDim>::kThreads, 1)
     pin(scores);
     const float* const lse = rows(stage) + lane % 4 * 2;
     const float* const delta = lse + kQueryTile;
-    const bool is_partial = range.is_partial(here.q0, k0);
-    const TileLimit limit = range.limit(here.q0, k0);
+    if (range.is_partial(here.q0, k0)) {
+      const TileLimit limit = range.limit(here.q0, k0);
+#pragma unroll
+      for (int i = 0; i < kQueryTile / 2; ++i) {
+        const int query = i / 4 * 8 + lane % 4 * 2 + i % 2, key = warp_block * 16 + lane / 4 + i / 2 % 2 * 8;
+        if (!limit.sees(query, key)) scores[i / 4][i % 4] = -INFINITY;
+      }
+      pin(scores);  // else ptxas asks all tiles
+    }
 #pragma unroll
     for (int n = 0; n < kQueryTile / 8; ++n) {
       const float2 its = *reinterpret_cast<const float2*>(lse + n * 8);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& x = scores[n][i];
-        x = fmaf(x, scale_log2, i % 2 == 0 ? -its.x : -its.y);
-        if (is_partial) {
-          const int query = n * 8 + lane % 4 * 2 + i % 2, key = warp_block * 16 + lane / 4 + i / 2 * 8;
-          if (!limit.sees(query, key)) x = -INFINITY;
-        }
-        x = exp2_approx(x);
+        scores[n][i] = exp2_approx(fmaf(scores[n][i], scale_log2, i % 2 == 0 ? -its.x : -its.y));
       }
     }
     uint32_t probability[kQueryTile / 16][4];
