@@ -390,6 +390,16 @@ def test_hopper_rows_that_outgrow_their_references(use_path, dtype, grows, is_ca
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_hopper_takes_one_head(use_path, dtype, is_causal, head_dim):
+    """Tensor maps have dims of size 1 then."""
+    use_path(FLASH, 90, dtype)
+    shapes = (1, 1, 1030, head_dim), (1, 1, 200, head_dim), (1, 1, 200, head_dim)
+    check(FLASH, *(make(*shape, dtype=getattr(torch, dtype), device="cuda") for shape in shapes), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_hopper_keeps_nan_in_its_row(use_path, dtype, bad, is_causal, head_dim):
