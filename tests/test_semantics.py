@@ -13,6 +13,7 @@ from reference import (
     check,
     dropout_keep,
     dropout_rescale,
+    eager,
     formula,
     make,
     poison,
@@ -207,6 +208,22 @@ def test_rows_with_nothing_to_attend_to(device, backend, dtype, kind, rows):
         _, lse, *_ = all_of(backend, query, key, value, mask)
         _, expected = formula(query.double(), key.double(), value.double(), mask if kind == "bool" else mask.double())
     assert torch.equal(lse == -INF, expected == -INF) and (lse[:, :, rows] == -INF).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_scores_of_minus_infinity_without_a_mask(dtype, grad):
+    """On a CPU, whose softmax finds such rows by itself."""
+    query, key, value = (make(2, 3, 16, 64, dtype=dtype, grad=False) for _ in range(3))
+    query[0, 1, 5, 0], key[..., 0] = float("inf"), -1
+    expected = eager(*(t.double() for t in (query, key, value)))
+    rows = torch.zeros(2, 3, 16, dtype=torch.bool)
+    rows[0, 1, 5] = True
+    tensors = [t.requires_grad_(grad) for t in (query, key, value)]
+    for shape in (slice(None), (0, 1)):  # of two dims, too
+        output = attention(*(t[shape] for t in tensors)).detach()
+        assert (output[rows[shape]] == 0).all()
+        torch.testing.assert_close(output[~rows[shape]].double(), expected[shape][~rows[shape]], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("kind", [HALF, BRAIN, SINGLE], ids=str)

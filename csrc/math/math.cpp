@@ -517,9 +517,10 @@ void math_forward(const Call& call, Tensor output, Tensor logsumexp) {
   const Tensor mask = call.attn_mask.defined() ? unexpanded(call.attn_mask) : Tensor();
   const double rescale = call.dropout_p > 0 ? dropout_rescale(call.dropout_p) : 1;
   const int64_t score_bytes = bytes_per_score(by, false, false, type == at::kDouble);
-  // Our CPU softmax tells by the LSE which rows have nothing to attend to, where nobody else wants it, too.
+  // Our CPU softmax tells by the LSE which rows have nothing to attend to, where nobody else wants it, too. Without a
+  // mask their scores are all -inf.
   Tensor lse = logsumexp;
-  if (by == SoftmaxBy::kCpu && mask.defined() && !lse.defined()) {
+  if (by == SoftmaxBy::kCpu && !lse.defined()) {
     lse = at::empty({shape.B, shape.H, shape.L}, call.query.options().dtype(at::kFloat));
   }
   for_chunks(call, score_bytes, {}, [&](Scratch& scratch, const Chunk& all_rows, const auto& for_rows) {
