@@ -50,8 +50,9 @@ int shared_bytes_of(int capability) {
 static bool suits_hopper(const Problem& p, bool backward) {
   if (p.capability != kHopper || !p.in_boxes || p.mask_kind != MaskKind::kNone || p.dropout_p > 0) return false;
   const int64_t width = std::max(p.E, p.Ev), fewest_queries = backward ? 1024 : width <= 64 ? 512 : 256;
-  return width > 32 && p.L >= fewest_queries && !(backward && p.deterministic) &&
-         (p.L + 127) / 128 * p.B * p.H < kMaxPosition / 2;
+  // One head alone: its launch failed under racecheck, not known why (bench/NOTES.md).
+  if (backward && (p.deterministic || p.B * p.H == 1)) return false;
+  return width > 32 && p.L >= fewest_queries && (p.L + 127) / 128 * p.B * p.H < kMaxPosition / 2;
 }
 
 // Flash's kernels serve the memory-efficient backend as well, where they take the call: they too hold no more than
