@@ -144,6 +144,17 @@ def rivals(backend, dtype, direction):
     return [v for v in VARIANTS if (v["backend"], v["dtype"], v["direction"]) == (NUMBER[backend], dtype, direction)]
 
 
+def force_path(monkeypatch, backend, path, dtype):
+    """Unless it is the newest one that this chip can run."""
+    major, minor = torch.cuda.get_device_capability()
+    newest = max(
+        (v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor), default=None
+    )
+    if path != newest:
+        # As a chip after Hopper: sm80's kernels, and as much shared memory as here.
+        monkeypatch.setenv("SDPA_FORCE_ARCH", "100" if path == 80 and major == 9 else str(path))
+
+
 @pytest.fixture
 def use_path(monkeypatch):
     """Makes the selector take a code path that is not the newest one this chip can run, or the tiles of a chip."""
@@ -152,10 +163,7 @@ def use_path(monkeypatch):
         own = [v for v in rivals(backend, dtype, "forward") if v["path"] == path]
         if not any(map(runs_here, own)):
             pytest.skip(f"this build has no sm{path} {backend.name} kernel for this chip")
-        major, minor = torch.cuda.get_device_capability()
-        if max(v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor) != path:
-            # As a chip after Hopper: sm80's kernels, and as much shared memory as here.
-            monkeypatch.setenv("SDPA_FORCE_ARCH", "100" if path == 80 and major == 9 else str(path))
+        force_path(monkeypatch, backend, path, dtype)
         if chip is not None:
             monkeypatch.setenv("SDPA_FORCE_ARCH", str(chip))
 
@@ -181,6 +189,15 @@ def check_call(which, dtype, call, grad=True, B=2):
     tensors, mask = tensors_of(call, dtype, grad, B)
     kwargs = {key: call[key] for key in ("dropout_p", "is_causal", "scale")} | {"enable_gqa": call["group"] > 1}
     check(which, *tensors, mask, **kwargs)
+
+
+def check_shared_keys(dtype, head_dim, is_causal, lengths, B, H):
+    """H query heads and a third as many of keys, (B, L, H, D) in memory, without gradients."""
+    L, S = lengths
+    shapes = (B, L, H, head_dim), (B, S, H // 3, head_dim), (B, S, H // 3, head_dim)
+    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
+    poison("cuda", tensors[0].shape)
+    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
 
 
 @pytest.mark.parametrize("which, path, dtype, call", CASES)
@@ -319,12 +336,7 @@ def test_every_kernel_that_runs_here_is_tested(monkeypatch):
     monkeypatch.setitem(globals(), "make", empty)
     covered = set()
     for backend, path, dtype in PATHS:
-        major, minor = torch.cuda.get_device_capability()
-        newest = max(
-            (v["path"] for v in rivals(backend, dtype, "forward") if v["path"] <= 10 * major + minor), default=None
-        )
-        if path != newest:
-            monkeypatch.setenv("SDPA_FORCE_ARCH", str(path))
+        force_path(monkeypatch, backend, path, dtype)
         every = calls, decode_calls, wide_calls, hopper_calls
         for call in (call for some in every for call in some(backend, path, dtype)):
             grad = not (call.get("decode") or call.get("wide"))
@@ -423,11 +435,7 @@ def test_hopper_keeps_nan_in_its_row(use_path, dtype, bad, is_causal, head_dim):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_hopper_blocks_take_many_query_tiles(use_path, dtype, head_dim, is_causal, lengths):
     use_path(FLASH, 90, dtype)
-    L, S = lengths
-    shapes = (2, L, 60, head_dim), (2, S, 20, head_dim), (2, S, 20, head_dim)
-    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
-    poison("cuda", tensors[0].shape)
-    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
+    check_shared_keys(dtype, head_dim, is_causal, lengths, B=2, H=60)
 
 
 @pytest.mark.parametrize("lengths", [(130, 200), (129, 65), (100, 1000)])
@@ -437,11 +445,7 @@ def test_hopper_blocks_take_many_query_tiles(use_path, dtype, head_dim, is_causa
 def test_more_query_tiles_than_run_at_once(use_path, dtype, head_dim, is_causal, lengths):
     """Blocks may take several, one after another."""
     use_path(FLASH, 80, dtype)
-    L, S = lengths
-    shapes = (4, L, 120, head_dim), (4, S, 40, head_dim), (4, S, 40, head_dim)
-    tensors = [make(*shape, dtype=getattr(torch, dtype), device="cuda", grad=False).transpose(1, 2) for shape in shapes]
-    poison("cuda", tensors[0].shape)
-    check(FLASH, *tensors, is_causal=is_causal, enable_gqa=True)
+    check_shared_keys(dtype, head_dim, is_causal, lengths, B=4, H=120)
 
 
 @pytest.mark.parametrize("shared", ["", "batches", "heads"])

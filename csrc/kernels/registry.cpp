@@ -30,8 +30,8 @@ static bool is_decoding(const Problem& p) {
 
 // A forward whose scores a backward is to find again, bit by bit, needs that backward.
 static bool has_backward(const Variant& forward, int64_t width) {
+  const int path = forward.path == kHopper ? 80 : forward.path;
   return std::any_of(variants().begin(), variants().end(), [&](const Variant& v) {
-    const int path = forward.path == kHopper ? 80 : forward.path;
     return v.direction == Direction::kBackward && v.backend == forward.backend && v.path == path &&
            v.dtype == forward.dtype && v.head_dim >= width;
   });
@@ -59,7 +59,7 @@ static bool suits_hopper(const Problem& p, bool backward) {
 // O(B H L).
 static bool serves(const Variant& v, Backend backend, bool backward, const Problem& p) {
   if ((v.direction == Direction::kBackward) != backward) return false;
-  // A build for 9.0 may be without these kernels: ptxas has to be asked for 9.0a.
+  // What runs here may be PTX of a build for older chips, which is without these kernels.
   if (v.path == kHopper && !(suits_hopper(p, backward) && (p.hypothetical || v.compiled_for(p.device_capability))))
     return false;
   const int64_t width = std::max(p.E, p.Ev);

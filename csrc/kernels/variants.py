@@ -13,12 +13,10 @@ from pathlib import Path
 
 CPP_TYPE = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 CPP_DTYPE = {"float16": "kFloat16", "bfloat16": "kBFloat16", "float32": "kFloat32"}
-HEADER: dict[tuple[str, ...] | tuple[str, str, int], str] = {
+HEADER = {
     ("flash", "forward"): "flash/flash_fwd.cuh",
     ("flash", "backward"): "flash/flash_bwd.cuh",
     ("flash", "decode"): "flash/flash_decode.cuh",
-    ("flash", "forward", 90): "flash/flash_fwd_sm90.cuh",
-    ("flash", "backward", 90): "flash/flash_bwd_sm90.cuh",
     ("efficient", "forward"): "mem_efficient/efficient_fwd.cuh",
     ("efficient", "backward"): "mem_efficient/efficient_bwd.cuh",
     ("efficient", "decode"): "mem_efficient/efficient_decode.cuh",
@@ -53,9 +51,8 @@ class Variant:
     @property
     def source(self) -> str:
         """The translation unit that compiles it."""
-        launcher = f"{self.backend}_{self.direction}<Sm{self.path}, {CPP_TYPE[self.dtype]}, {self.head_dim}>"
-        if self.path == HOPPER:
-            launcher = f"{self.backend}_{self.direction}_sm90<{CPP_TYPE[self.dtype]}, {self.head_dim}>"
+        arch = "_sm90<" if self.path == HOPPER else f"<Sm{self.path}, "
+        launcher = f"{self.backend}_{self.direction}{arch}{CPP_TYPE[self.dtype]}, {self.head_dim}>"
         return (
             f"// Written by csrc/kernels/variants.py.\n"
             f'#include "{self.header}"\n\n'
@@ -66,7 +63,8 @@ class Variant:
 
     @property
     def header(self) -> str:
-        return HEADER.get((self.backend, self.direction, self.path)) or HEADER[self.backend, self.direction]
+        header = HEADER[self.backend, self.direction]
+        return header.replace(".cuh", "_sm90.cuh") if self.path == HOPPER else header
 
 
 VARIANTS = (

@@ -59,7 +59,7 @@ Problem describe(const Call& call, Wants wants);
 // Whether a tensor map can describe it: rows of whole 16-byte chunks, aligned, and no stride of 0.
 bool is_in_boxes(const at::Tensor& t);
 
-// SDPA_FORCE_ARCH=70|75|80|86|90, or 0.
+// SDPA_FORCE_ARCH=70|75|80|86|90|100, or 0.
 int forced_capability();
 
 }  // namespace sdpa

@@ -17,13 +17,10 @@ namespace sdpa {
 
 constexpr int kBoxRowBytes = 128, kBoxCols = 64;
 
-// Where an operand lies: its address, and how far apart its blocks of eight rows and its boxes are.
-constexpr uint64_t operand_shape(int box_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | uint64_t{8 * kBoxRowBytes / 16} << 32 | static_cast<uint64_t>(box_bytes / 16) << 16;
-}
-__device__ __forceinline__ uint64_t operand_at(uint64_t shape, uint32_t address) {
-  return shape | (address & 0x3ffff) >> 4;
+// Where an operand lies: its address, and how far apart its boxes are, if a product reads more than one.
+__device__ __forceinline__ uint64_t operand_at(uint32_t address, int box_bytes = 0) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{8 * kBoxRowBytes / 16} << 32;
+  return kSwizzle128 | kEightRows | static_cast<uint64_t>(box_bytes / 16) << 16 | (address & 0x3ffff) >> 4;
 }
 
 // Around the products of a warpgroup: what was written to their registers comes before them,
@@ -75,30 +72,24 @@ __device__ __forceinline__ void want_more_registers() {
 // The instructions, by N.
 template <class T, int kCols>
 struct WarpgroupMma;
-#define SDPA_WARPGROUP_MMA(N)                                                                                       \
-  template <>                                                                                                       \
-  struct WarpgroupMma<__half, N> {                                                                                  \
-    using Rows =                                                                                                    \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;     \
-    using Cols =                                                                                                    \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;    \
-    using Transposed =                                                                                              \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>;   \
-  };                                                                                                                \
-  template <>                                                                                                       \
-  struct WarpgroupMma<__nv_bfloat16, N> {                                                                           \
-    using Rows =                                                                                                    \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;   \
-    using Cols =                                                                                                    \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>;  \
-    using Transposed =                                                                                              \
-        cute::SM90::GMMA::MMA_64x##N##x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>; \
+#define SDPA_WARPGROUP_MMA(T, NAME, N)                                                                          \
+  template <>                                                                                                   \
+  struct WarpgroupMma<T, N> {                                                                                   \
+    template <cute::SM90::GMMA::Major kA, cute::SM90::GMMA::Major kB>                                           \
+    using FromShared = cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_SS<kA, kB>;                                   \
+    using Rows = FromShared<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>;                            \
+    using Transposed = FromShared<cute::SM90::GMMA::Major::MN, cute::SM90::GMMA::Major::MN>;                    \
+    using Cols =                                                                                                \
+        cute::SM90::GMMA::MMA_64x##N##x16_##NAME##_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::MN>; \
   };
-SDPA_WARPGROUP_MMA(64)
-SDPA_WARPGROUP_MMA(112)
-SDPA_WARPGROUP_MMA(128)
-SDPA_WARPGROUP_MMA(192)
-SDPA_WARPGROUP_MMA(256)
+#define SDPA_WARPGROUP_MMAS(N) \
+  SDPA_WARPGROUP_MMA(__half, F32F16F16, N) SDPA_WARPGROUP_MMA(__nv_bfloat16, F32BF16BF16, N)
+SDPA_WARPGROUP_MMAS(64)
+SDPA_WARPGROUP_MMAS(112)
+SDPA_WARPGROUP_MMAS(128)
+SDPA_WARPGROUP_MMAS(192)
+SDPA_WARPGROUP_MMAS(256)
+#undef SDPA_WARPGROUP_MMAS
 #undef SDPA_WARPGROUP_MMA
 
 namespace detail {
@@ -117,9 +108,9 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kCols][4], uint32_t a
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     const int in_box = k % 4 * 32, box = k / 4;
-    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Rows>(
-        sum, std::make_index_sequence<kCols * 4>{}, k > 0, operand_at(operand_shape(0), a + box * a_box_bytes + in_box),
-        operand_at(operand_shape(0), b + box * b_box_bytes + in_box));
+    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Rows>(sum, std::make_index_sequence<kCols * 4>{}, k > 0,
+                                                                operand_at(a + box * a_box_bytes + in_box),
+                                                                operand_at(b + box * b_box_bytes + in_box));
   }
 }
 // sum += A B, where A is in registers, 16 columns a step, and B's rows, as many, in shared memory.
@@ -127,9 +118,9 @@ template <class T, int kBoxBytes, int kSteps, int kCols>
 __device__ __forceinline__ void multiply_cols(float (&sum)[kCols][4], const uint32_t (&a)[kSteps][4], uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Cols>(
-        sum, std::make_index_sequence<kCols * 4>{}, true, a[k][0], a[k][1], a[k][2], a[k][3],
-        operand_at(operand_shape(kBoxBytes), b + k * 16 * kBoxRowBytes));
+    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Cols>(sum, std::make_index_sequence<kCols * 4>{}, true,
+                                                                a[k][0], a[k][1], a[k][2], a[k][3],
+                                                                operand_at(b + k * 16 * kBoxRowBytes, kBoxBytes));
   }
 }
 
@@ -139,9 +130,9 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[kCols][4], uint
   static_assert(kCols * 8 == kBoxCols);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Transposed>(
-        sum, std::make_index_sequence<kCols * 4>{}, k > 0, operand_at(operand_shape(0), a + k * 16 * kBoxRowBytes),
-        operand_at(operand_shape(0), b + k * 16 * kBoxRowBytes));
+    detail::multiply<typename WarpgroupMma<T, kCols * 8>::Transposed>(sum, std::make_index_sequence<kCols * 4>{}, k > 0,
+                                                                      operand_at(a + k * 16 * kBoxRowBytes),
+                                                                      operand_at(b + k * 16 * kBoxRowBytes));
   }
 }
 

@@ -34,8 +34,7 @@ namespace sdpa {
 template <class Flash, auto kKernel, class T>
 cudaError_t launch_main_backward(const BackwardParams& p, cudaStream_t stream) {
   const int64_t key_tiles = Flash::kWalks ? 1 : (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile;
-  const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
-  const auto order = BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
+  const auto order = key_order<T>(p, key_tiles);
   if (order.blocks() == 0) return cudaSuccess;
   if (const auto error = allow_shared_bytes<kKernel>(Flash::kSharedBytes); error != cudaSuccess) return error;
   const Dropout dropout = Dropout::make(p.dropout_p, 0);  // the seed is on the device

@@ -343,6 +343,13 @@ __global__ void __launch_bounds__(TileSweep<kHeadDim>::kThreads)
   }
 }
 
+// Of the main kernel's blocks, key_tiles for each key head.
+template <class T>
+BlockOrder key_order(const BackwardParams& p, int64_t key_tiles) {
+  const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
+  return BlockOrder::make(key_tiles, p.B * (p.H / p.group), bytes_per_key_head);
+}
+
 // The kernels before and after the main one. sums: dQ is summed up.
 template <class T, int kHeadDim>
 cudaError_t launch_delta(const BackwardParams& p, bool sums, cudaStream_t stream) {

@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(FlashBackwardSm90<T, kHeadDim>::kThreads, 1)
   }
 
   want_more_registers<Flash::kRegisters>();
-  const int warp = threadIdx.x / 32 % 4,
-            warp_block = warpgroup * 4 + warp;  // of 16 keys, in the key tile
+  const int warp = threadIdx.x / 32 % 4;
+  const int warp_block = warpgroup * 4 + warp;  // of 16 keys, in the key tile
   float grad_key[kHeadDim / 8][4] = {}, grad_value[kHeadDim / 8][4] = {};
   wait_for_predecessor();  // which makes zeros where dQ is summed up
   if (here.exists()) keys_full.wait(0);
@@ -262,9 +262,7 @@ cudaError_t launch_backward_sm90(const BackwardParams& p, cudaStream_t stream) {
   using Flash = FlashBackwardSm90<T, kHeadDim>;
   constexpr auto kKernel = flash_backward_sm90_kernel<T, kHeadDim>;
   if (std::max({p.L, p.S, p.B * p.H}) > kMaxPosition) return cudaErrorInvalidValue;
-  const int64_t bytes_per_key_head = p.group * p.L * (p.E * sizeof(float) + (p.E + p.Ev) * sizeof(T));
-  const auto order =
-      BlockOrder::make((p.S + Flash::kKeyTile - 1) / Flash::kKeyTile, p.B * (p.H / p.group), bytes_per_key_head);
+  const auto order = key_order<T>(p, (p.S + Flash::kKeyTile - 1) / Flash::kKeyTile);
   CUtensorMap maps[4];
   if (order.blocks() > BlockOrder::kMaxGridX ||
       !describe_in_boxes<T>(maps[0], p.query, p.B, p.H, p.L, p.E, Flash::kQueryTile) ||

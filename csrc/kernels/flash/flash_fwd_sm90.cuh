@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(FlashForwardSm90<T, kHeadDim>::kThreads, 1)
       const auto last = place;
       ++place.number;
       k0 -= kKeyTile;
-      values_full(last.stage()).wait(last.parity());  // here, since ptxas wants
-                                                      // no branch among products
+      values_full(last.stage()).wait(last.parity());  // here, since ptxas wants no branch among products
       keys_full(place.stage()).wait(place.parity());
       take_turn();
       pin(output[0]);
